@@ -1,0 +1,112 @@
+"""How training draws its steps t: uniformly, or more often where the loss is large."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.distributed as dist
+
+
+def create_named_schedule_sampler(name, diffusion):
+    """A ScheduleSampler over the steps of a process: "uniform" or "loss-second-moment"."""
+    if name not in SCHEDULE_SAMPLERS:
+        raise ValueError(f"timestep sampler {name!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}")
+    return SCHEDULE_SAMPLERS[name](diffusion)
+
+
+class ScheduleSampler(ABC):
+    """A distribution over steps. Importance weights keep the expected loss what it is under uniform steps."""
+
+    def __init__(self, diffusion):
+        self.diffusion = diffusion
+
+    @abstractmethod
+    def weights(self):
+        """Positive weights (T,), float64, not necessarily of sum 1."""
+
+    def sample(self, batch_size, device, generator=None):
+        """Steps (batch_size,) and what to multiply their losses by (batch_size,), on the device."""
+        p = self.weights().to(device)
+        p = p / p.sum()
+        t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
+        return t, (1.0 / (len(p) * p[t])).float()
+
+    def update_with_local_losses(self, local_ts, local_losses):
+        """Learn from the losses of this process's rows; every process calls it, each with any number of rows."""
+
+    def state_dict(self):
+        """What a resumed run needs, as tensors."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Take up what state_dict gave."""
+
+
+class UniformSampler(ScheduleSampler):
+    """Every step as often as any other."""
+
+    def weights(self):
+        return torch.ones(self.diffusion.num_timesteps, dtype=torch.float64)
+
+    def sample(self, batch_size, device, generator=None):
+        return self.diffusion.sample_t(batch_size, device, generator), torch.ones(batch_size, device=device)
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A sampler that learns from losses. All processes see those of all, and so keep the same weights."""
+
+    def update_with_local_losses(self, local_ts, local_losses):
+        ts, losses = local_ts.detach(), local_losses.detach().float()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ts, losses = _gather_rows(ts), _gather_rows(losses)
+        self.update_with_all_losses(ts.tolist(), losses.tolist())
+
+    @abstractmethod
+    def update_with_all_losses(self, ts, losses):
+        """Learn from lists of steps and their losses, the same on every process."""
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """Steps in proportion to the root mean square of their last losses (improved DDPM, section 3.3).
+
+    Uniform until every step has history_per_term losses; then a share uniform_prob stays uniform.
+    """
+
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+        super().__init__(diffusion)
+        self.uniform_prob = uniform_prob
+        self._losses = torch.zeros(diffusion.num_timesteps, history_per_term, dtype=torch.float64)
+        self._counts = torch.zeros(diffusion.num_timesteps, dtype=torch.int64)
+
+    def weights(self):
+        if (self._counts < self._losses.shape[1]).any():
+            return torch.ones(len(self._counts), dtype=torch.float64)
+        weights = self._losses.square().mean(dim=1).sqrt()
+        weights = weights / weights.sum()
+        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+
+    def update_with_all_losses(self, ts, losses):
+        for t, loss in zip(ts, losses):
+            self._losses[t, self._counts[t] % self._losses.shape[1]] = loss  # the oldest makes room
+            self._counts[t] += 1
+
+    def state_dict(self):
+        return dict(losses=self._losses, counts=self._counts)
+
+    def load_state_dict(self, state):
+        self._losses.copy_(state["losses"])
+        self._counts.copy_(state["counts"])
+
+
+def _gather_rows(rows):
+    """The rows (N,) of all processes, N not necessarily the same, in order of rank."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    longest = int(max(counts))
+    padded = torch.nn.functional.pad(rows, (0, longest - len(rows)))
+    gathered = [torch.zeros_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(gathered, counts)])
+
+
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

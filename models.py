@@ -1,0 +1,391 @@
+"""Diffusion transformers (DiT) for images and latents.
+
+Architecture, sizes and initialisation follow "Scalable Diffusion Models with Transformers"
+(Peebles & Xie, arXiv 2212.09748); parameter names are those of the published weights.
+
+    python models.py                       # the twelve models: parameters, multiply-adds, memory
+    model = DiT_models["DiT-XL/2"](input_size=32, num_classes=1000)
+
+Shapes: N batch, C channels, H W height and width, p patch size, T tokens, D width.
+Names:  x images or latents, t time, y label, c conditioning vector.
+"""
+
+import argparse
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.layers import PatchEmbed
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Attention
+
+
+def modulate(x, shift, scale):
+    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D); zeros change nothing."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Embeddings of time, label and position
+
+
+class TimestepEmbedder(nn.Module):
+    """Time (N,), in steps of the full process (0 … 1000), to a conditioning vector (N, D)."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """Sinusoidal features (N, dim) of t (N,): cosines, then sines, of geometrically spaced frequencies.
+
+        Always float32: t reaches 1000, where neighbouring steps are the same number in bfloat16.
+        """
+        half = dim // 2
+        ramp = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(max_period) * ramp / half)
+        angles = t[:, None].float() * frequencies[None]
+        features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+        return nn.functional.pad(features, (0, dim % 2))  # an odd width ends in a zero
+
+    def forward(self, t):
+        features = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (N,) to vectors (N, D); in training a share of them becomes the null label `num_classes`,
+
+    which classifier-free guidance (Ho & Salimans, arXiv 2207.12598) reads as "no label".
+    The table has the null row only where dropout_prob > 0.
+    """
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels, train, force_drop_ids=None):
+        if force_drop_ids is None and train and self.dropout_prob > 0:
+            force_drop_ids = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        if force_drop_ids is not None:
+            labels = torch.where(force_drop_ids.bool(), self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+def get_2d_sincos_pos_embed(embed_dim, grid_size):
+    """Fixed position embedding, float64 (T, embed_dim), of a grid given as its side or as (rows, columns).
+
+    The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
+    """
+    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    if embed_dim % 4:
+        raise ValueError(f"hidden_size {embed_dim}: must be divisible by 4 (two axes, sine and cosine)")
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    frequencies = 1.0 / 10000 ** (np.arange(embed_dim // 4, dtype=np.float64) / (embed_dim / 4))
+
+    def encode(position):
+        angles = np.outer(position.reshape(-1), frequencies)  # (T, embed_dim / 4)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    return np.concatenate([encode(column), encode(row)], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning: starts as the identity, since its gates start at 0."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # six of (N, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+    def initialize_zero(self):
+        nn.init.zeros_(self.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.adaLN_modulation[-1].bias)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D) to patches (N, T, p·p·C_out), modulated by c; zero at initialisation."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+    def initialize_zero(self):
+        for layer in (self.adaLN_modulation[-1], self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+class DiT(nn.Module):
+    """Diffusion transformer.
+
+    input_size     side of the input, or (H, W); divisible by patch_size
+    patch_size     side p of a patch; tokens T = (H/p)(W/p)
+    in_channels    channels C of the input: 4 for SD-VAE latents, 3 for RGB pixels
+    hidden_size    width D; depth blocks of num_heads heads and an MLP mlp_ratio times as wide
+    class_dropout_prob  share of labels dropped in training; 0 leaves no null label, hence no guidance
+    num_classes    labels 0 … num_classes-1, the null label is num_classes; 0 or None for an unconditional model
+    learn_sigma    twice the channels out: the second half interpolates the variance
+                   (improved DDPM, arXiv 2102.09672, eq. 15)
+
+    `config` is the plain dict that builds the same model again: DiT(**model.config).
+    """
+
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        class_dropout_prob=0.1,
+        num_classes=1000,
+        learn_sigma=True,
+    ):
+        super().__init__()
+        input_size = [input_size] * 2 if isinstance(input_size, int) else [int(side) for side in input_size]
+        num_classes = num_classes or 0
+        self.config = dict(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
+            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob,
+            num_classes=num_classes, learn_sigma=learn_sigma,
+        )  # fmt: skip
+        check_config(self.config)
+        self.input_size, self.patch_size = tuple(input_size), patch_size
+        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
+        self.learn_sigma, self.num_heads, self.num_classes = learn_sigma, num_heads, num_classes
+
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        # A frozen parameter rather than a buffer: the published weights and parameter counts hold it.
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @property
+    def null_label(self):
+        """The label that stands for "no label", or None where the model knows none."""
+        return self.num_classes if self.num_classes and self.config["class_dropout_prob"] > 0 else None
+
+    def initialize_weights(self):
+        """Initialise as the paper does; the order of the random draws is part of the contract."""
+        for module in self.modules_in_postorder():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        positions = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.x_embedder.grid_size)
+        self.pos_embed.data.copy_(torch.from_numpy(positions).float().unsqueeze(0))
+        # The patch convolution is a Linear over the values of a patch, and initialised as one.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in [*self.blocks, self.final_layer]:
+            layer.initialize_zero()
+
+    def modules_in_postorder(self):
+        """Every submodule, children before their parents."""
+        found = []
+        self.apply(found.append)
+        return found
+
+    def unpatchify(self, x):
+        """Patches (N, T, p·p·C) back to images (N, C, H, W)."""
+        p = self.patch_size
+        rows, columns = self.x_embedder.grid_size
+        x = x.reshape(x.shape[0], rows, columns, p, p, self.out_channels)
+        x = torch.einsum("nhwpqc->nchpwq", x)
+        return x.reshape(x.shape[0], self.out_channels, rows * p, columns * p)
+
+    def forward(self, x, t, y=None, force_drop_ids=None):
+        """Predict from x (N, C, H, W) at times t (N,) with labels y (N,): (N, 2C or C, H, W).
+
+        force_drop_ids (N,): rows whose label is dropped; None lets a model in training draw them itself.
+        """
+        if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
+            raise ValueError(f"x {tuple(x.shape)}: this model takes (N, {self.in_channels}, %d, %d)" % self.input_size)
+        # PatchEmbed returns a transposed view, whose layout every later elementwise operation would keep:
+        x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t)  # (N, D)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y, self.training, force_drop_ids)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final_layer(x, c)  # (N, T, p·p·C_out)
+        return self.unpatchify(x)  # (N, C_out, H, W)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
+        """Classifier-free guidance as published, on 2N rows: labels in the first half, null in the second.
+
+        The noise of the first half of x is used for both. Only the first cfg_channels channels are guided,
+        as in the published samples; both halves of the result carry the guided prediction.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        guided, rest = out[:, :cfg_channels], out[:, cfg_channels:]
+        conditional, unconditional = guided.chunk(2)
+        guided = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+def check_config(config):
+    """Raise ValueError, naming option and value, where a DiT cannot be built from these arguments."""
+    height, width = config["input_size"]
+    patch_size, hidden_size, num_heads = config["patch_size"], config["hidden_size"], config["num_heads"]
+    for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+        if not config[name] >= 1:
+            raise ValueError(f"{name} {config[name]}: must be at least 1")
+    if min(height, width) < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"input_size {height}x{width}: must be divisible by patch_size {patch_size}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size {hidden_size}: must be divisible by 4 and by num_heads {num_heads}")
+    if not 0 <= config["class_dropout_prob"] < 1:
+        raise ValueError(f"class_dropout_prob {config['class_dropout_prob']}: must be in [0, 1)")
+
+
+# ---------------------------------------------------------------------------------------------
+# The registry: four sizes, three patches
+
+_S = dict(depth=12, hidden_size=384, num_heads=6)
+_B = dict(depth=12, hidden_size=768, num_heads=12)
+_L = dict(depth=24, hidden_size=1024, num_heads=16)
+_XL = dict(depth=28, hidden_size=1152, num_heads=16)
+
+DiT_XL_2 = partial(DiT, patch_size=2, **_XL)
+DiT_XL_4 = partial(DiT, patch_size=4, **_XL)
+DiT_XL_8 = partial(DiT, patch_size=8, **_XL)
+DiT_L_2 = partial(DiT, patch_size=2, **_L)
+DiT_L_4 = partial(DiT, patch_size=4, **_L)
+DiT_L_8 = partial(DiT, patch_size=8, **_L)
+DiT_B_2 = partial(DiT, patch_size=2, **_B)
+DiT_B_4 = partial(DiT, patch_size=4, **_B)
+DiT_B_8 = partial(DiT, patch_size=8, **_B)
+DiT_S_2 = partial(DiT, patch_size=2, **_S)
+DiT_S_4 = partial(DiT, patch_size=4, **_S)
+DiT_S_8 = partial(DiT, patch_size=8, **_S)
+
+DiT_models = {
+    "DiT-XL/2": DiT_XL_2, "DiT-XL/4": DiT_XL_4, "DiT-XL/8": DiT_XL_8,
+    "DiT-L/2": DiT_L_2, "DiT-L/4": DiT_L_4, "DiT-L/8": DiT_L_8,
+    "DiT-B/2": DiT_B_2, "DiT-B/4": DiT_B_4, "DiT-B/8": DiT_B_8,
+    "DiT-S/2": DiT_S_2, "DiT-S/4": DiT_S_4, "DiT-S/8": DiT_S_8,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# What a model costs
+
+
+def count_macs(model):
+    """Multiply-adds of one forward pass of one input: what the paper's tables call Gflops (in units of 1e9).
+
+    Counted from the operations that run, on a copy without storage. FLOPs are twice this.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        clone = DiT(**model.config).eval()
+        clone(*_one_input(clone))
+    return counter.get_total_flops() // 2
+
+
+def count_activation_bytes(model):
+    """Bytes that autograd keeps for the backward pass of one float32 input, weights aside.
+
+    Measured on a copy without storage, with the fused attention of the CPU.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        clone = DiT(**model.config).eval()
+        weights = {weight.untyped_storage()._cdata for weight in clone.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = clone(*_one_input(clone))
+        del out
+    return sum(size for storage, size in kept.items() if storage not in weights)
+
+
+def _one_input(model):
+    label = torch.zeros(1, dtype=torch.long) if model.num_classes else None
+    return torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), label
+
+
+def main(args):
+    """Print the table of all models at --image-size, and what training one image keeps in memory."""
+    print(f"{args.image_size}x{args.image_size} images, latents {args.image_size // 8}x{args.image_size // 8}x4,"
+          " one forward pass of one image")
+    print(f"{'model':<10}{'tokens':>8}{'parameters':>14}{'GMACs':>9}{'GFLOPs':>9}{'activations, MiB':>18}")
+    for name, build in DiT_models.items():
+        with torch.device("meta"):
+            model = build(input_size=args.image_size // 8)
+        parameters = sum(p.numel() for p in model.parameters())
+        macs, activations = count_macs(model), count_activation_bytes(model)
+        print(f"{name:<10}{model.x_embedder.num_patches:>8}{parameters:>14,}{macs / 1e9:>9.2f}{macs / 5e8:>9.2f}"
+              f"{activations / 2**20:>18,.0f}")
+    print("\nMACs are multiply-adds, the paper's \"Gflops\"; a FLOP count takes each for two operations.\n"
+          "Guidance doubles a sampling step; a training step costs three forward passes.\n"
+          "Activations: float32, kept for the backward pass of one image, without checkpointing.")
+
+
+def build_parser():
+    """The command-line options."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
+                        help="side of the images, of which the VAE makes latents 8 times smaller (default: 256)")
+    return parser
+
+
+if __name__ == "__main__":
+    options = build_parser()
+    arguments = options.parse_args()
+    if arguments.image_size < 64 or arguments.image_size % 64:
+        options.error(f"--image-size {arguments.image_size}: must be a multiple of 64 (VAE 8 x patch 8)")
+    main(arguments)

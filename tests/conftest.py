@@ -1,0 +1,58 @@
+"""What several test files share: the rule that makes the goldens' weights and inputs, and small models."""
+
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# What the goldens are held to (tests/golden/README.md):
+TOLERANCE = dict(atol=2e-4, rtol=2e-4)
+
+
+def rule(key, shape):
+    """The pseudo-random float32 array that the goldens' makers used under this name."""
+    return np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+
+
+def rule_input(name, *shape):
+    return torch.from_numpy(rule("input:" + name, shape))
+
+
+def load_rule_weights(model, scale):
+    """Give every parameter but pos_embed the values of the rule, times scale."""
+    state = model.state_dict()
+    for key, value in state.items():
+        if key != "pos_embed":
+            state[key] = torch.from_numpy(rule(key, tuple(value.shape)) * np.float32(scale))
+    model.load_state_dict(state)
+    return model
+
+
+def assert_golden(actual, expected):
+    np.testing.assert_allclose(torch.as_tensor(actual).numpy(), expected, **TOLERANCE)
+
+
+def build_tiny(**overrides):
+    from models import DiT
+
+    options = dict(
+        input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=10
+    )
+    return DiT(**{**options, **overrides})
+
+
+@pytest.fixture
+def tiny():
+    return load_rule_weights(build_tiny(), 0.1).eval()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The reference numbers, by file name."""
+    return lambda name: np.load(ROOT / "tests" / "golden" / name)
