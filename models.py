@@ -10,7 +10,6 @@ Shapes: N batch, C channels, H W height and width, p patch size, T tokens, D wid
 Names:  x images or latents, t time, y label, c conditioning vector.
 """
 
-import argparse
 import math
 from functools import partial
 
@@ -21,9 +20,12 @@ from timm.layers import PatchEmbed
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Attention
 
+from runtime import Parser, UserError, launch
+
 
 def modulate(x, shift, scale):
-    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D); zeros change nothing."""
+    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D); zeros change
+    nothing."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -112,7 +114,9 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(
+            hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh")
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
@@ -158,7 +162,8 @@ class DiT(nn.Module):
     in_channels    channels C of the input: 4 for SD-VAE latents, 3 for RGB pixels
     hidden_size    width D; depth blocks of num_heads heads and an MLP mlp_ratio times as wide
     class_dropout_prob  share of labels dropped in training; 0 leaves no null label, hence no guidance
-    num_classes    labels 0 … num_classes-1, the null label is num_classes; 0 or None for an unconditional model
+    num_classes    labels 0 … num_classes-1, the null label is num_classes; 0 or None for an unconditional
+                   model
     learn_sigma    twice the channels out: the second half interpolates the variance
                    (improved DDPM, arXiv 2102.09672, eq. 15)
 
@@ -195,7 +200,9 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         # A frozen parameter rather than a buffer: the published weights and parameter counts hold it.
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False
+        )
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
@@ -243,7 +250,9 @@ class DiT(nn.Module):
         force_drop_ids (N,): rows whose label is dropped; None lets a model in training draw them itself.
         """
         if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
-            raise ValueError(f"x {tuple(x.shape)}: this model takes (N, {self.in_channels}, %d, %d)" % self.input_size)
+            raise ValueError(
+                f"x {tuple(x.shape)}: this model takes (N, {self.in_channels}, %d, %d)" % self.input_size
+            )
         # PatchEmbed returns a transposed view, whose layout every later elementwise operation would keep:
         x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t)  # (N, D)
@@ -360,32 +369,41 @@ def _one_input(model):
 
 def main(args):
     """Print the table of all models at --image-size, and what training one image keeps in memory."""
-    print(f"{args.image_size}x{args.image_size} images, latents {args.image_size // 8}x{args.image_size // 8}x4,"
-          " one forward pass of one image")
+    if args.image_size < 64 or args.image_size % 64:
+        raise UserError(f"--image-size {args.image_size}: must be a multiple of 64 (the VAE's 8 x patch 8)")
+    side = args.image_size // 8
+    print(
+        f"{args.image_size}x{args.image_size} images, latents {side}x{side}x4, one forward pass of one image"
+    )
     print(f"{'model':<10}{'tokens':>8}{'parameters':>14}{'GMACs':>9}{'GFLOPs':>9}{'activations, MiB':>18}")
     for name, build in DiT_models.items():
         with torch.device("meta"):
-            model = build(input_size=args.image_size // 8)
+            model = build(input_size=side)
         parameters = sum(p.numel() for p in model.parameters())
         macs, activations = count_macs(model), count_activation_bytes(model)
-        print(f"{name:<10}{model.x_embedder.num_patches:>8}{parameters:>14,}{macs / 1e9:>9.2f}{macs / 5e8:>9.2f}"
-              f"{activations / 2**20:>18,.0f}")
-    print("\nMACs are multiply-adds, the paper's \"Gflops\"; a FLOP count takes each for two operations.\n"
-          "Guidance doubles a sampling step; a training step costs three forward passes.\n"
-          "Activations: float32, kept for the backward pass of one image, without checkpointing.")
+        print(
+            f"{name:<10}{model.x_embedder.num_patches:>8}{parameters:>14,}{macs / 1e9:>9.2f}"
+            f"{macs / 5e8:>9.2f}{activations / 2**20:>18,.0f}"
+        )
+    print(
+        '\nMACs are multiply-adds, the paper\'s "Gflops"; a FLOP count takes each for two operations.\n'
+        "Guidance doubles a sampling step; a training step costs three forward passes.\n"
+        "Activations: float32, kept for the backward pass of one image, without checkpointing."
+    )
 
 
 def build_parser():
     """The command-line options."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
-                        help="side of the images, of which the VAE makes latents 8 times smaller (default: 256)")
+    parser = Parser(description=main.__doc__)
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="side of the images, of which the VAE makes latents 8 times smaller (default: 256)",
+    )
     return parser
 
 
 if __name__ == "__main__":
-    options = build_parser()
-    arguments = options.parse_args()
-    if arguments.image_size < 64 or arguments.image_size % 64:
-        options.error(f"--image-size {arguments.image_size}: must be a multiple of 64 (VAE 8 x patch 8)")
-    main(arguments)
+    launch(main, build_parser())

@@ -20,7 +20,8 @@ def create_diffusion(
     """A Gaussian diffusion; the defaults are those of the paper, for training.
 
     timestep_respacing   which steps to keep: None or "" for all, 250 or "250", "10,15,20", "ddim50"
-    noise_schedule       "linear", "squaredcos_cap_v2" (or "cosine"), "quad", "const", "warmup10", "warmup50", "jsd"
+    noise_schedule       "linear", "squaredcos_cap_v2" (or "cosine"), "quad", "const", "warmup10", "warmup50",
+                         "jsd"
     use_kl               train by the variational bound alone, rather than by the squared error
     sigma_small          without learned variance: the posterior variance rather than beta
     predict_xstart       the model predicts x_start rather than the noise
@@ -43,7 +44,9 @@ def create_diffusion(
         model_var_type = ModelVarType.LEARNED_RANGE
     else:
         model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-    spacing = diffusion_steps if timestep_respacing is None or timestep_respacing == "" else timestep_respacing
+    spacing = (
+        diffusion_steps if timestep_respacing is None or timestep_respacing == "" else timestep_respacing
+    )
     return SpacedDiffusion(
         space_timesteps(diffusion_steps, spacing),
         betas=betas,
@@ -52,8 +55,8 @@ def create_diffusion(
         loss_type=loss_type,
         config=dict(
             objective="diffusion", noise_schedule=noise_schedule, use_kl=use_kl, sigma_small=sigma_small,
-            predict_xstart=predict_xstart, learn_sigma=learn_sigma, rescale_learned_sigmas=rescale_learned_sigmas,
-            diffusion_steps=diffusion_steps,
+            predict_xstart=predict_xstart, learn_sigma=learn_sigma,
+            rescale_learned_sigmas=rescale_learned_sigmas, diffusion_steps=diffusion_steps,
         ),
     )  # fmt: skip
 
@@ -62,7 +65,8 @@ OBJECTIVES = {"diffusion": lambda **options: create_diffusion(None, **options)}
 
 
 def create_process(config):
-    """The training process of a plain dict: its "objective" and that constructor's options; see process.config."""
+    """The training process of a plain dict: its "objective" and that constructor's options; see
+    process.config."""
     options = dict(config)
     objective = options.pop("objective", "diffusion")
     if objective not in OBJECTIVES:

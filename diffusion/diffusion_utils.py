@@ -13,7 +13,9 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
     example = next((arg for arg in (mean1, logvar1, mean2, logvar2) if isinstance(arg, torch.Tensor)), None)
     if example is None:
         raise TypeError("normal_kl: at least one argument must be a tensor")
-    logvar1, logvar2 = (torch.as_tensor(v, dtype=example.dtype, device=example.device) for v in (logvar1, logvar2))
+    logvar1, logvar2 = (
+        torch.as_tensor(v, dtype=example.dtype, device=example.device) for v in (logvar1, logvar2)
+    )
     ratio = torch.exp(logvar1 - logvar2)
     return 0.5 * (logvar2 - logvar1 - 1.0 + ratio + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
 

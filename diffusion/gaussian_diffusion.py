@@ -10,6 +10,7 @@ Tables are float64 numpy arrays, computed once and read as float32 from a copy o
 
 import enum
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ class ModelVarType(enum.Enum):
     LEARNED = enum.auto()  # the model predicts its logarithm
     FIXED_SMALL = enum.auto()  # the posterior variance
     FIXED_LARGE = enum.auto()  # beta
-    LEARNED_RANGE = enum.auto()  # the model interpolates, in the logarithm, between the two (-1 small, 1 large)
+    LEARNED_RANGE = (
+        enum.auto()
+    )  # the model interpolates, in the logarithm, between the two (-1 small, 1 large)
 
 
 class LossType(enum.Enum):
@@ -72,9 +75,8 @@ def get_beta_schedule(beta_schedule, *, beta_start, beta_end, num_diffusion_time
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     """Betas of a schedule by name, which keeps its shape whatever the number of steps.
 
-    "linear" (DDPM's, scaled from 1000 steps), "squaredcos_cap_v2" or "cosine" (improved DDPM, eq. 17), or one of
-    get_beta_schedule's, between the same ends as linear.
-    """
+    "linear" (DDPM's, scaled from 1000 steps), "squaredcos_cap_v2" or "cosine" (improved DDPM, eq. 17), or one
+    of get_beta_schedule's, between the same ends as linear."""
     if schedule_name in ("squaredcos_cap_v2", "cosine"):
         return betas_for_alpha_bar(
             num_diffusion_timesteps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -108,7 +110,9 @@ class GaussianDiffusion:
         self.config = dict(config or {})
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be 1-D, in (0, 1]: got {betas.shape} from {betas.min()} to {betas.max()}")
+            raise ValueError(
+                f"betas must be 1-D, in (0, 1]: got {betas.shape} from {betas.min()} to {betas.max()}"
+            )
         self.num_timesteps = len(betas)
         self.timestep_map = np.arange(len(betas)) if timestep_map is None else np.array(timestep_map)
 
@@ -122,15 +126,17 @@ class GaussianDiffusion:
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+        with np.errstate(divide="ignore"):  # a schedule may end in pure noise, a_bar = 0
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
         # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7:
         rest, rest_prev = 1.0 - self.alphas_cumprod, 1.0 - self.alphas_cumprod_prev
         self.posterior_variance = betas * rest_prev / rest
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / rest
         self.posterior_mean_coef2 = rest_prev * np.sqrt(alphas) / rest
-        # The first variance is 0, and stands in the logarithm as the second one; with a single step, as its beta.
+        # The first variance is 0, and stands in the logarithm as the second one; with a single step, as its
+        # beta.
         floor = self.posterior_variance[1:2] if len(betas) > 1 else betas
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))
         self.log_betas = np.log(betas)
@@ -147,19 +153,23 @@ class GaussianDiffusion:
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
     def _at(self, table, t, x):
-        """Entries t (N,) of a table (T,), by name or as (variance, which), as float32 that broadcasts over x (N, …).
+        """Entries t (N,) of a table (T,), by name or as (variance, which), as float32 that broadcasts over x
+        (N, …).
 
         The device's copy is made on first use: a copy a call would stall a GPU at each step.
         """
         key = (table, t.device)
         if key not in self._on_device:
-            values = getattr(self, table) if isinstance(table, str) else self._fixed_variance[table[0]][table[1]]
+            values = (
+                getattr(self, table) if isinstance(table, str) else self._fixed_variance[table[0]][table[1]]
+            )
             dtype = torch.int64 if table == "timestep_map" else torch.float32
             self._on_device[key] = torch.from_numpy(values).to(t.device, dtype)
         return self._on_device[key][t].view(-1, *[1] * (x.ndim - 1))
 
     def _call(self, model, x, t, model_kwargs):
-        """The model, or a cond_fn, at the original step numbers; float32, since the arithmetic on it needs that."""
+        """The model, or a cond_fn, at the original step numbers; float32, since the arithmetic on it needs
+        that."""
         return model(x, self._at("timestep_map", t, t), **(model_kwargs or {})).float()
 
     # -----------------------------------------------------------------------------------------
@@ -180,7 +190,8 @@ class GaussianDiffusion:
         )
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
-        """Mean, variance and (clipped) log-variance of q(x_{t-1} | x_t, x_start); the latter two (N, 1, …)."""
+        """Mean, variance and (clipped) log-variance of q(x_{t-1} | x_t, x_start); the latter two (N, 1,
+        …)."""
         mean = (
             self._at("posterior_mean_coef1", t, x_t) * x_start
             + self._at("posterior_mean_coef2", t, x_t) * x_t
@@ -206,7 +217,7 @@ class GaussianDiffusion:
         if output.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
                 f"the model returned {tuple(output.shape)} for x {tuple(x.shape)}: this process"
-                f" ({self.model_var_type.name}) takes {channels} channels; learn_sigma of model and process must agree"
+                f" ({self.model_var_type.name}) takes {channels} channels; learn_sigma of the two must agree"
             )
         if self.learns_variance:
             output, values = output.chunk(2, dim=1)
@@ -239,7 +250,10 @@ class GaussianDiffusion:
         )
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        recip, recipm1 = self._at("sqrt_recip_alphas_cumprod", t, x_t), self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        recip, recipm1 = (
+            self._at("sqrt_recip_alphas_cumprod", t, x_t),
+            self._at("sqrt_recipm1_alphas_cumprod", t, x_t),
+        )
         return (recip * x_t - pred_xstart) / recipm1
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
@@ -259,9 +273,18 @@ class GaussianDiffusion:
         return dict(p_mean_var, pred_xstart=pred_xstart, mean=mean)
 
     def p_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, randn_like=None
+        self,
+        model,
+        x,
+        t,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+        randn_like=None,
     ):
-        """One ancestral step: a dict of sample (x_{t-1}) and pred_xstart. One draw of randn_like(x), also at t = 0."""
+        """One ancestral step: a dict of sample (x_{t-1}) and pred_xstart. One draw of randn_like(x), also at
+        t = 0."""
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = (randn_like or torch.randn_like)(x)
         if cond_fn is not None:
@@ -273,7 +296,8 @@ class GaussianDiffusion:
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0,
         randn_like=None,
     ):  # fmt: skip
-        """One DDIM step (eq. 12): a dict of sample and pred_xstart. eta 0 is deterministic, 1 is ancestral."""
+        """One DDIM step (eq. 12): a dict of sample and pred_xstart. eta 0 is deterministic, 1 is
+        ancestral."""
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
@@ -329,10 +353,12 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, randn_like=None,
     ):  # fmt: skip
-        """DDIM, yielding ddim_sample's dict after every step. Options as p_sample_loop_progressive's, and eta."""
+        """DDIM, yielding ddim_sample's dict after every step. Options as p_sample_loop_progressive's, and
+        eta."""
         yield from self._loop(
             self.ddim_sample, model, shape, noise, device, progress, clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs, eta=eta, randn_like=randn_like,
+            denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs, eta=eta,
+            randn_like=randn_like,
         )  # fmt: skip
 
     def _loop(self, step, model, shape, x, device, progress, **options):
@@ -364,7 +390,8 @@ class GaussianDiffusion:
         sampler      one of SAMPLERS: "ddpm" (ancestral) or "ddim" (deterministic)
         steps        how many steps, or a spacing as "10,15,20" or "ddim50"; None for every step of training
         guidance     turns the model into a guided one; see guidance.py
-        callback     called after every step with a dict of i (steps done so far), t (the model's time), x, pred_xstart
+        callback     called after every step with a dict of i (steps done so far), t (the model's time), x,
+                     pred_xstart
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -399,7 +426,8 @@ class GaussianDiffusion:
 
         terms, prediction = {}, output
         if self.learns_variance:
-            # The bound trains the variance alone: its gradient through the mean is stopped (improved DDPM, 3.1).
+            # The bound trains the variance alone: its gradient through the mean is stopped (improved DDPM,
+            # 3.1).
             prediction, values = output.chunk(2, dim=1)
             frozen = torch.cat([prediction.detach(), values], dim=1)
             terms["vb"] = self._vb_terms_bpd(frozen, x_start, x_t, t, clip_denoised=False)["output"]
@@ -411,13 +439,14 @@ class GaussianDiffusion:
         return terms
 
     def _vb_terms_bpd(self, output, x_start, x_t, t, clip_denoised=True):
-        """The term of the variational bound at t, in bits per dimension (N,): a dict of output and pred_xstart."""
+        """The term of the variational bound at t, in bits per dimension (N,): a dict of output and
+        pred_xstart."""
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         out = self._interpret(output, x_t, t, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         bound = mean_flat(kl) / math.log(2.0)
-        # At t = 0 the term is a likelihood instead. Where looking is free (a GPU would have to be waited for),
-        # it is computed only if some row is there.
+        # At t = 0 the term is a likelihood instead. Where looking is free (a GPU would have to be waited
+        # for), it is computed only if some row is there.
         if t.device.type != "cpu" or bool((t == 0).any()):
             likelihood = discretized_gaussian_log_likelihood(
                 x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
@@ -426,7 +455,8 @@ class GaussianDiffusion:
         return dict(output=bound, pred_xstart=out["pred_xstart"])
 
     def _prior_bpd(self, x_start):
-        """KL of q(x_T | x_start) from N(0, 1), in bits per dimension (N,): a constant of the process and data."""
+        """KL of q(x_T | x_start) from N(0, 1), in bits per dimension (N,): a constant of the process and
+        data."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
@@ -435,8 +465,8 @@ class GaussianDiffusion:
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
         """The whole variational bound of 8-bit images x_start in [-1, 1], in bits per dimension.
 
-        A dict of total_bpd and prior_bpd (N,), and of vb, xstart_mse and mse (N, T), column 0 the noisiest step.
-        """
+        A dict of total_bpd and prior_bpd (N,), and of vb, xstart_mse and mse (N, T), column 0 the noisiest
+        step."""
         vb, xstart_mse, mse = [], [], []
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((len(x_start),), i, device=x_start.device)
@@ -463,9 +493,7 @@ def _unless_last(t, x):
 
 
 def _last(steps):
-    out = None
-    for out in steps:
-        pass
+    (out,) = deque(steps, maxlen=1)
     return out["sample"]
 
 

@@ -7,7 +7,8 @@ import torch
 
 @dataclass(frozen=True)
 class Guidance:
-    """Turns a class-conditional model into a guided one: u + scale (c - u) of conditional c and unconditional u.
+    """Turns a class-conditional model into a guided one: u + scale (c - u) of conditional c and unconditional
+    u.
 
     scale       1 is the plain conditional model, 0 the unconditional one, above 1 is guidance
     null_label  the label that stands for "no label"
@@ -21,7 +22,8 @@ class Guidance:
     channels: int | None = None
 
     def wrap(self, model):
-        """A function (x, t, y) that gives the guided prediction; what lies beyond x's channels is the conditional's."""
+        """A function (x, t, y) that gives the guided prediction; what lies beyond x's channels is the
+        conditional's."""
 
         def guided(x, t, y):
             nulls = torch.full_like(y, self.null_label)

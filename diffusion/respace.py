@@ -9,7 +9,8 @@ def space_timesteps(num_timesteps, section_counts):
     """The set of steps, out of range(num_timesteps), that a spacing keeps.
 
     section_counts   "ddimN"   N steps a whole-number stride apart, starting at 0 (DDIM's spacing)
-                     "a,b,c"   cut the steps into equal sections and keep a, b, c of them, evenly; also [a, b, c]
+                     "a,b,c"   cut the steps into equal sections and keep a, b, c of them, evenly; also [a, b,
+                               c]
                      "N", N    N steps, evenly from the first to the last
     Raises ValueError, naming the value, where that cannot be done.
     """

@@ -31,7 +31,8 @@ class ScheduleSampler(ABC):
         return t, (1.0 / (len(p) * p[t])).float()
 
     def update_with_local_losses(self, local_ts, local_losses):
-        """Learn from the losses of this process's rows; every process calls it, each with any number of rows."""
+        """Learn from the losses of this process's rows; every process calls it, each with any number of
+        rows."""
 
     def state_dict(self):
         """What a resumed run needs, as tensors."""

@@ -1,4 +1,5 @@
-"""The network and the diffusion against numbers measured from the reference implementations (tests/golden)."""
+"""The network and the diffusion against numbers measured from the reference implementations
+(tests/golden)."""
 
 import numpy as np
 import pytest
@@ -51,9 +52,7 @@ def test_p_sample_loop(reference, tiny, spacing):
     kwargs = dict(y=torch.tensor(LABELS + [10] * 4), cfg_scale=1.5)
     diffusion = create_diffusion(spacing)
     torch.manual_seed(0)
-    out = diffusion.p_sample_loop(
-        tiny.forward_with_cfg, z.shape, z, clip_denoised=False, model_kwargs=kwargs
-    )
+    out = diffusion.p_sample_loop(tiny.forward_with_cfg, z.shape, z, clip_denoised=False, model_kwargs=kwargs)
     assert_golden(out, reference[f"tiny/p_sample_loop/{spacing}/cfg1.5"])
 
 
@@ -95,7 +94,9 @@ def test_training_losses(reference, tiny, tag, options):
         terms = diffusion.training_losses(
             tiny, x_start, t, dict(y=torch.tensor([0, 1, 2, 3, 9, 10])), noise=noise
         )
-    expected = [key.split("/")[-1] for key in reference.files if key.startswith(f"tiny/training_losses/{tag}/")]
+    expected = [
+        key.split("/")[-1] for key in reference.files if key.startswith(f"tiny/training_losses/{tag}/")
+    ]
     assert set(terms) == set(expected)
     for term in expected:
         assert_golden(terms[term], reference[f"tiny/training_losses/{tag}/{term}"])
@@ -146,7 +147,9 @@ def test_twenty_training_steps(reference):
         losses.append(loss.item())
     np.testing.assert_allclose(losses, reference["tiny/train_20_steps_loss"], **TOLERANCE)
     with torch.no_grad():
-        out = model.eval()(rule_input("x8", 4, 4, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 3, 9, 10]))
+        out = model.eval()(
+            rule_input("x8", 4, 4, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 3, 9, 10])
+        )
     assert_golden(out, reference["tiny/train_20_steps_out"])
 
 

@@ -1,0 +1,131 @@
+"""Between images and what the model sees: the latents of a VAE (Rombach et al., arXiv 2112.10752), or pixels.
+
+Both classes have the same interface: channels and factor (how many times smaller), encode, decode, and
+`config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
+
+import os
+
+import torch
+
+from runtime import UserError
+
+# What --vae calls the two decoders that the paper's samples were made with:
+PUBLISHED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+# The scale of the first Stable Diffusion VAEs, whose configs do not hold it:
+SD_SCALE = 0.18215
+
+
+class Pixels:
+    """No autoencoder: the model sees the image itself."""
+
+    factor = 1
+    clip_denoised = True  # predictions of x_start are images, so they lie in [-1, 1]
+
+    def __init__(self, channels):
+        self.channels = channels
+        self.config = dict(vae="none", channels=channels)
+
+    def encode(self, images, noise):
+        return images
+
+    def decode(self, x):
+        return x
+
+
+class VAE:
+    """A diffusers AutoencoderKL, frozen; latents are (latent - shift) * scale, about unit variance."""
+
+    clip_denoised = False
+
+    def __init__(self, name, device):
+        self.name, self.device = name, device
+        self.model = _load_autoencoder_kl(name).eval().requires_grad_(False).to(device)
+        config = self.model.config
+        self.channels, self.image_channels = config.latent_channels, config.in_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = float(config.get("scaling_factor") or SD_SCALE)
+        self.shift = float(config.get("shift_factor") or 0.0)
+        self.config = dict(
+            vae=name, channels=self.channels, factor=self.factor, scale=self.scale, shift=self.shift
+        )
+
+    @torch.no_grad()
+    def encode(self, images, noise):
+        """Latents (N, channels, H/factor, W/factor), drawn from the posterior of each image with this
+        noise."""
+        posterior = self.model.encode(images).latent_dist
+        return (posterior.mean + posterior.std * noise - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x):
+        """Images (N, 3, H, W) of latents."""
+        return self.model.decode(x / self.scale + self.shift).sample
+
+
+def resolve_vae(name):
+    """A hub id, a folder or "none", of what --vae was given."""
+    return PUBLISHED_VAES.get(name, name)
+
+
+def describe_vae(name, image_channels):
+    """(channels, factor, image channels) of a VAE without loading its weights; a hub id not at hand counts as
+    SD's."""
+    name = resolve_vae(name)
+    if name == "none":
+        return image_channels, 1, image_channels
+    if os.path.isdir(name):
+        import diffusers
+
+        _check_folder(name)
+        config = diffusers.AutoencoderKL.load_config(name)
+        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1), config["in_channels"]
+    return 4, 8, 3
+
+
+def load_autoencoder(name, device, image_channels=3):
+    """The VAE (on the device) of a published name ("ema", "mse"), hub id or folder; Pixels for "none".
+
+    Raises UserError where it cannot be had.
+    """
+    name = resolve_vae(name)
+    return Pixels(image_channels) if name == "none" else VAE(name, device)
+
+
+def add_vae_argument(parser, default):
+    """--vae, the same in every command."""
+    parser.add_argument(
+        "--vae", default=default, metavar="VAE",
+        help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), a hub id, a folder saved by"
+        " diffusers, or none to work on pixels"
+        f" (default: {default or 'the one of the checkpoint, or ema for published weights'})",
+    )  # fmt: skip
+
+
+def _check_folder(name):
+    if not os.path.isfile(os.path.join(name, "config.json")):
+        raise UserError(
+            f"--vae {name}: no config.json there; give the folder of a saved diffusers AutoencoderKL"
+        )
+
+
+def _load_autoencoder_kl(name):
+    # Imported here, since it takes seconds that a pixel model need not wait:
+    from diffusers import AutoencoderKL
+
+    is_folder = os.path.isdir(name)
+    if is_folder:
+        _check_folder(name)
+    elif name.count("/") != 1 or name.startswith(("/", ".")):
+        raise UserError(
+            f"--vae {name}: no such folder; give ema, mse, a hub id as owner/name, a folder, or none"
+        )
+    try:
+        return AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = (
+            "save it again with save_pretrained"
+            if is_folder
+            else ("check the name and the network, or give a folder with a copy of it")
+        )
+        raise UserError(f"--vae {name}: cannot be loaded; {remedy} ({reason})") from error

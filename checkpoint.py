@@ -1,0 +1,200 @@
+"""Checkpoints: tensors and plain data in, tensors and plain data out; nothing loaded can execute code.
+
+A training checkpoint is one file, results/…/checkpoints/0050000.pt, with the published training script's keys
+and more:
+
+    model, ema   state dicts                  opt      optimiser state
+    args         the command's options        step     optimiser steps taken
+    config       model, process, autoencoder, data, sampling: plain dicts that rebuild each
+    timestep_sampler   state of a learned timestep distribution
+
+`load` also takes the published weights and any bare state dict, as .pt or .safetensors.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+
+import torch
+
+from models import DiT, DiT_models
+from runtime import UserError
+
+
+def save(path, contents):
+    """Write a dict of tensors and plain data; the file is either complete or not there, also after a power
+    cut."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+@dataclass
+class Checkpoint:
+    """What a file held. A bare state dict stands under "ema" and "model" alike, with an empty config."""
+
+    path: str
+    contents: dict
+    config: dict = field(default_factory=dict)
+
+    def state_dict(self, weights="ema"):
+        """The model's state dict: "ema" averaged, "raw" as trained last."""
+        state = self.contents["ema" if weights == "ema" else "model"]
+        # A run that compiled or wrapped its model in DDP by other code may have saved the wrapper's prefix:
+        return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+
+    def model_config(self, *, model=None, image_size=None, num_classes=None, factor=8):
+        """The arguments of DiT for this checkpoint: those it keeps, else read off its tensors.
+
+        model ("DiT-XL/2"), image_size (pixels, factor times the model's) and num_classes are what the user
+        says it must be; None leaves it to the checkpoint. Raises UserError where they differ."""
+        config = dict(self.config.get("model") or infer_model_config(self.state_dict(), self.path, model))
+        if model is not None:
+            wanted = DiT_models[model].keywords
+            if any(config[name] != value for name, value in wanted.items()):
+                raise UserError(
+                    f"--model {model}: {self.path} holds {describe_model(config)}; leave --model out"
+                )
+        if image_size is not None and config["input_size"] != [image_size // factor] * 2:
+            height, width = (side * factor for side in config["input_size"])
+            raise UserError(
+                f"--image-size {image_size}: {self.path} is for {height}x{width}; leave --image-size out"
+            )
+        if num_classes is not None and num_classes != config["num_classes"]:
+            raise UserError(
+                f"--num-classes {num_classes}: {self.path} has {config['num_classes']};"
+                " leave --num-classes out"
+            )
+        return config
+
+
+def load(path):
+    """Read a checkpoint into memory-mapped CPU tensors. Raises UserError for anything else."""
+    if not os.path.isfile(path):
+        raise UserError(f"--ckpt {path}: no such file")
+    if str(path).endswith(".safetensors"):
+        contents = _load_safetensors(path)
+    else:
+        contents = _load_pickle(path)
+    if not isinstance(contents, dict) or not contents:
+        raise UserError(f"--ckpt {path}: not a checkpoint (it holds a {type(contents).__name__})")
+    if "ema" not in contents and "model" not in contents:
+        if not all(isinstance(value, torch.Tensor) for value in contents.values()):
+            raise UserError(f"--ckpt {path}: neither a training checkpoint nor a state dict")
+        contents = dict(ema=contents)
+    contents = dict(contents)
+    contents.setdefault("ema", contents.get("model"))
+    contents.setdefault("model", contents["ema"])
+    return Checkpoint(path, contents, contents.get("config") or {})
+
+
+def _load_pickle(path):
+    try:
+        # The published training script saved its options as a Namespace, which holds nothing but data:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # what a file that is no pickle makes the unpickler raise has no common class
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(
+                f"--ckpt {path}: refused, since loading it would execute code; save its state dict alone"
+            ) from error
+        raise UserError(
+            f"--ckpt {path}: not a checkpoint, or cut short; give a complete .pt or .safetensors file"
+        ) from error
+
+
+def _load_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"--ckpt {path}: not a safetensors file, or cut short ({error})") from error
+
+
+def infer_model_config(state, path, model=None):
+    """The arguments of DiT that a state dict fits, read off its shapes; input assumed square.
+
+    The number of heads shows in no shape: it is the registry's for this depth and width, or the model's
+    named."""
+    try:
+        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+        tokens, rows = state["pos_embed"].shape[1], state["final_layer.linear.bias"].shape[0]
+        mlp_width = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"--ckpt {path}: not the state dict of a DiT (no {error.args[0]})") from error
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    known = {
+        (build.keywords["depth"], build.keywords["hidden_size"]): build.keywords
+        for build in DiT_models.values()
+    }
+    heads = DiT_models[model].keywords if model else known.get((depth, hidden_size))
+    if heads is None:
+        raise UserError(
+            f"--ckpt {path}: depth {depth}, width {hidden_size} is none of the registry's; give --model"
+        )
+    labels = state.get("y_embedder.embedding_table.weight")
+    return dict(
+        input_size=[int(tokens**0.5) * patch_size] * 2,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=heads["num_heads"],
+        mlp_ratio=mlp_width / hidden_size,
+        class_dropout_prob=0.1,  # the last row of the table is taken for the null label's
+        num_classes=len(labels) - 1 if labels is not None else 0,
+        learn_sigma=rows == 2 * in_channels * patch_size**2,
+    )
+
+
+def describe_model(config):
+    """A model in words: its registry name, or its sizes."""
+    for name, build in DiT_models.items():
+        if all(config[key] == value for key, value in build.keywords.items()):
+            return name
+    return "a DiT of depth {depth}, width {hidden_size}, {num_heads} heads, patch {patch_size}".format(
+        **config
+    )
+
+
+def load_weights(model, state, path):
+    """Load a state dict strictly. Raises UserError that names the first difference."""
+    own = model.state_dict()
+    for key in [*own, *state]:
+        if key not in state or key not in own:
+            side = "lacks" if key in own else "has an unknown"
+            raise UserError(f"--ckpt {path}: does not fit {describe_model(model.config)}: it {side} {key}")
+        if own[key].shape != state[key].shape:
+            raise UserError(
+                f"--ckpt {path}: does not fit {describe_model(model.config)}: {key} is"
+                f" {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
+            )
+    model.load_state_dict(state)
+    return model
+
+
+def build_model(config, state, path):
+    """A DiT of this config with these weights, in evaluation mode; refused in one line where they do not
+    fit."""
+    with torch.device("meta"):  # no time lost on an initialisation that is overwritten
+        model = DiT(**config)
+    model.to_empty(device="cpu")
+    return load_weights(model, state, path).eval()

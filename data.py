@@ -1,0 +1,221 @@
+"""Data sets of images, and the order in which training reads them.
+
+An item is (image, label): float (C, H, W) in [-1, 1], and a class index, 0 where there are no classes. The
+key of an item is (index, mirrored): the order decides the flips, so an item is the same in whichever process
+reads it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from runtime import ORDER, UserError, generator_for
+
+DIGITS = Path(__file__).resolve().parent / "assets" / "digits.npz"
+# Up to this many files are looked at before training; of more, as many, evenly spread:
+CHECKED_FILES = 10_000
+
+
+def center_crop_arr(pil_image, image_size):
+    """ADM's crop: a PIL image scaled so that its shorter side is image_size, then the square in its middle.
+
+    Halved by averaging while it is at least twice too large, then resized bicubically. Returns a PIL image.
+    """
+    while min(pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), resample=Image.BOX)
+    scale = image_size / min(pil_image.size)
+    pil_image = pil_image.resize(
+        tuple(round(side * scale) for side in pil_image.size), resample=Image.BICUBIC
+    )
+    left, top = ((side - image_size) // 2 for side in pil_image.size)
+    return pil_image.crop((left, top, left + image_size, top + image_size))
+
+
+def _to_tensor(image):
+    """A PIL image or uint8 (H, W, C) array to float (C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+class FolderImages(Dataset):
+    """Images in a folder: one subfolder a class, or all in one flat folder without classes.
+
+    Every image is centre-cropped to image_size. Unreadable ones raise UserError, naming the file.
+    """
+
+    channels, flips = 3, True
+
+    def __init__(self, root, image_size):
+        self.image_size = image_size
+        if not os.path.isdir(root):
+            raise UserError(f"--data-path {root}: no such folder")
+        flat = [entry.path for entry in os.scandir(root) if _is_image(entry)]
+        folders = [
+            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
+        ]
+        if flat and folders:
+            raise UserError(
+                f"--data-path {root}: holds both images and folders; give one folder a class, or images alone"
+            )
+        if not flat and not folders:
+            raise UserError(f"--data-path {root}: no images there ({', '.join(IMG_EXTENSIONS)})")
+        self.classes, self.samples = [], [(path, 0) for path in sorted(flat)]
+        if folders:
+            try:
+                folder = torchvision.datasets.ImageFolder(root)
+            except FileNotFoundError as error:
+                raise UserError(f"--data-path {root}: {error}".splitlines()[0]) from error
+            self.classes, self.samples = folder.classes, folder.samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as image:
+                image = center_crop_arr(image.convert("RGB"), self.image_size)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise _unreadable(path, error) from error
+        image = _to_tensor(image)
+        return image.flip(-1) if mirrored else image, label
+
+    def check(self):
+        """Raise UserError for a file that is no image, by its header: all of them, or an even share of very
+        many."""
+        for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), CHECKED_FILES)).astype(int)):
+            path = self.samples[i][0]
+            try:
+                with Image.open(path):
+                    pass
+            except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+                raise _unreadable(path, error) from error
+
+
+def _is_image(entry):
+    return entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _unreadable(path, error):
+    # Pillow's own message repeats the path:
+    reason = str(error).replace(repr(str(path)), "it").splitlines()[0]
+    return UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})")
+
+
+class ArrayImages(Dataset):
+    """Images in memory: float (N, C, H, W) in [-1, 1] or uint8 (N, H, W, C)."""
+
+    def __init__(self, images, labels, classes, flips):
+        self.images, self.labels, self.classes, self.flips = images, labels, list(classes), flips
+        self.channels = images.shape[-1] if self._is_uint8 else images.shape[1]
+        self.image_size = images.shape[2]
+
+    @property
+    def _is_uint8(self):
+        return self.images.dtype == np.uint8
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        image = _to_tensor(self.images[index]) if self._is_uint8 else torch.from_numpy(self.images[index])
+        return image.flip(-1) if mirrored else image, int(self.labels[index])
+
+    def check(self):
+        """Nothing to check: the images are in memory."""
+
+
+def load_digits():
+    """1,797 handwritten digits of 8x8 pixels, embedded in the repository; never mirrored."""
+    with np.load(DIGITS) as file:
+        images = file["images"][:, None].astype(np.float32) / 8 - 1  # values 0 … 16
+        return ArrayImages(images, file["labels"], [str(digit) for digit in range(10)], flips=False)
+
+
+def load_cifar10(root):
+    """The 50,000 training images of CIFAR-10, 32x32, downloaded to root where they are not there yet."""
+    from filelock import FileLock
+
+    root = root or "data"
+    try:
+        os.makedirs(root, exist_ok=True)
+        with FileLock(os.path.join(root, ".cifar10.lock")):  # one process downloads, the others wait
+            cifar = torchvision.datasets.CIFAR10(root, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--data-path {root}: CIFAR-10 is not there and could not be downloaded; put"
+            f" cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there ({reason})"
+        ) from error
+    return ArrayImages(cifar.data, np.array(cifar.targets), cifar.classes, flips=True)
+
+
+DATASETS = ("folder", "digits", "cifar10")
+
+
+def open_dataset(name, data_path, image_size):
+    """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError."""
+    if name == "folder":
+        if not data_path:
+            raise UserError("--data-path: required; the folder of images, one subfolder a class")
+        dataset = FolderImages(data_path, image_size)
+    elif name == "digits" and data_path:
+        raise UserError(f"--data-path {data_path}: the digits are embedded; leave it out")
+    else:
+        dataset = load_digits() if name == "digits" else load_cifar10(data_path)
+    if dataset.image_size != image_size:
+        raise UserError(
+            f"--image-size {image_size}: the images of --dataset {name} have {dataset.image_size} pixels a"
+            f" side; give --image-size {dataset.image_size}"
+        )
+    dataset.check()
+    return dataset
+
+
+class BatchOrder:
+    """Which images make which batch: keys (index, mirrored) of this process's share of every global batch.
+
+    Every epoch is a new permutation that depends on the seed and epoch alone, cut into global batches (a rest
+    too small for one is left out) and those into equal consecutive shares, one a rank. So the global batch of
+    a step is the same for any number of processes, and a run can start at any step."""
+
+    def __init__(self, dataset, global_batch_size, *, rank=0, world_size=1, seed=0, start_step=0, stop_step):
+        self.size, self.flips = len(dataset), dataset.flips
+        self.global_batch_size, self.batch_size = global_batch_size, global_batch_size // world_size
+        self.rank, self.seed, self.start_step, self.stop_step = rank, seed, start_step, stop_step
+
+    @property
+    def steps_per_epoch(self):
+        return self.size // self.global_batch_size
+
+    def __len__(self):
+        return self.stop_step - self.start_step
+
+    def __iter__(self):
+        epoch = None
+        for step in range(self.start_step, self.stop_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                generator = generator_for("cpu", self.seed, ORDER, epoch)
+                order = torch.randperm(self.size, generator=generator)
+                mirrored = torch.rand(self.size, generator=generator) < (0.5 if self.flips else 0.0)
+            start = step % self.steps_per_epoch * self.global_batch_size + self.rank * self.batch_size
+            rows = slice(start, start + self.batch_size)
+            yield list(zip(order[rows].tolist(), mirrored[rows].tolist()))
+
+
+def create_loader(dataset, order, num_workers, device):
+    """Batches (images, labels) in this order, read by num_workers processes ahead of time."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )

@@ -1,0 +1,195 @@
+"""What every command needs: processes, device, precision, seeds, logging, errors."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+PRECISIONS = ("fp32", "tf32")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: its message, one line, names the flag or file, the value and the
+    remedy."""
+
+
+@contextlib.contextmanager
+def blame(flag):
+    """Turn a ValueError inside into a UserError that names the flag: `with blame("--image-size 250"): …`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage, which --help shows."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def launch(main, parser):
+    """Run main(args) as a command: exit code 0, or 2 and one line on standard error for a UserError."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except UserError as error:
+        # An error from a data-loading worker carries that worker's traceback; its last line is the message.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        parser.error(line)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes and device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: rank of world_size, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value):
+        """The main process's value of any plain data, on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def mean(self, value):
+        """The mean over all processes of a tensor; every process calls it and gets it."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def assert_same(self, tensors):
+        """Raise RuntimeError unless every process holds these tensors with the same values, bit for bit."""
+        if self.world_size == 1:
+            return
+        sums = torch.stack([tensor.detach().double().sum() for tensor in tensors]).view(torch.int64)
+        low, high = sums.clone(), sums.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise RuntimeError("the processes' weights have drifted apart; nothing was saved")
+
+
+def start_processes():
+    """Join the processes that torchrun started, or be the only one. A GPU each where there are any, else the
+    CPU."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # the rank itself counts on across machines
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc_per_node: this machine has {torch.cuda.device_count()} GPUs,"
+                f" too few for process {local_rank}; give at most one process a GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        # Tens of minutes, since the main process may download weights while the others wait:
+        gpu = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(timeout=timedelta(minutes=60), **gpu)
+    return Processes(rank, world_size, device)
+
+
+def add_precision_argument(parser):
+    """--precision, the same in every command."""
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=None,
+        help="arithmetic of matrix products: fp32, or tf32, ten bits of mantissa on tensor cores"
+        " (default: tf32 on a GPU that has it, else fp32)",
+    )  # fmt: skip
+
+
+def set_precision(precision, device):
+    """Apply --precision to this process, and return what None stands for here."""
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "tf32" and not has_tf32:
+        raise UserError(f"--precision tf32: {device} has none; use fp32")
+    precision = precision or ("tf32" if has_tf32 else "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision
+
+
+# ---------------------------------------------------------------------------------------------
+# Seeds
+
+
+# Which draws a seed is for; an epoch's order and a step's noise must not share a stream of numbers.
+ORDER, STEP, SAMPLES = 0, 1, 2
+
+
+def derive_seed(*numbers):
+    """One 32-bit seed from several non-negative whole numbers, such as (seed, STEP, step): well mixed, so
+    that neighbours share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def generator_for(device, *numbers):
+    """A generator on the device seeded by derive_seed(*numbers)."""
+    return torch.Generator(device).manual_seed(derive_seed(*numbers))
+
+
+# ---------------------------------------------------------------------------------------------
+# Logging
+
+
+class _ThroughTqdm(logging.StreamHandler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def create_logger(folder=None, enabled=True):
+    """A logger to the terminal and, with a folder, to its log.txt; silent where not enabled (all ranks but
+    one)."""
+    logger = logging.getLogger("dit")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    if not enabled:
+        logger.addHandler(logging.NullHandler())
+        return logger
+    handlers = [_ThroughTqdm()]
+    if folder is not None:
+        handlers.append(logging.FileHandler(os.path.join(folder, "log.txt")))
+        handlers[1].setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for handler in handlers:
+        logger.addHandler(handler)
+    return logger

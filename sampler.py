@@ -1,0 +1,238 @@
+"""From labels and seeds to images: the one path that every command, and anyone who imports it, samples by.
+
+    sampler = Sampler.from_checkpoint("results/000-DiT-S-2-digits/checkpoints/0001500.pt")
+    images = sampler.sample([3, 1, 4])                  # (3, C, H, W) in [0, 1]
+    images = sampler.sample_each_class(10, cfg_scale=2.0)
+
+Every image has a seed of its own, from which its label (if random), its first noise and one noise a step are
+drawn in this order, on the CPU. So an image depends on its seed alone, not on its batch, process or device
+(but for rounding in matrix products, which changes with the shape of the batch).
+"""
+
+import math
+import os
+
+import torch
+from tqdm.auto import tqdm
+
+import checkpoint
+from autoencoder import Pixels, load_autoencoder
+from diffusion import SAMPLERS, Guidance, create_diffusion, create_process, space_timesteps
+from download import find_file
+from runtime import UserError, blame
+
+# How the published scripts sample, where neither the caller nor the checkpoint says otherwise:
+DEFAULTS = dict(cfg_scale=4.0, steps="250", sampler="ddpm")
+
+
+class SampleNoise:
+    """Randomness of a batch, row by row: each row has a generator, seeded by its own seed (modulo 2^32)."""
+
+    def __init__(self, seeds):
+        self.generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
+
+    def labels(self, num_classes):
+        """A random label a row, (N,)."""
+        return torch.stack([torch.randint(num_classes, (), generator=g) for g in self.generators])
+
+    def randn(self, shape):
+        """Normal noise (N, *shape), on the CPU."""
+        noise = torch.empty(len(self.generators), *shape)
+        for row, generator in zip(noise, self.generators):
+            torch.randn(shape, generator=generator, out=row)
+        return noise
+
+    def randn_like(self, x):
+        """Noise of the shape, device and type of x (N, …)."""
+        return self.randn(x.shape[1:]).to(x.device, x.dtype)
+
+
+class Sampler:
+    """Samples a model.
+
+    model        a DiT, conditional or not, of latents or pixels
+    process      the process it was trained for; None for the paper's diffusion
+    autoencoder  what decodes its latents; None where the model sees pixels
+    device       None for a GPU where there is one
+    defaults     cfg_scale, steps and sampler, for calls that do not give them
+    """
+
+    def __init__(self, model, process=None, autoencoder=None, device=None, defaults=None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.process = process or create_diffusion(None, learn_sigma=model.learn_sigma)
+        self.autoencoder = autoencoder or Pixels(model.in_channels)
+        self.defaults = {**DEFAULTS, **(defaults or {})}
+
+    @classmethod
+    def from_checkpoint(
+        cls, path, *, weights="ema", model=None, image_size=None, num_classes=None, vae=None, device=None
+    ):
+        """The sampler of a checkpoint file, or of published weights by name ("DiT-XL-2-256x256.pt").
+
+        weights                          "ema" or "raw"
+        model, image_size, num_classes   what the caller holds it to be; None leaves it to the checkpoint
+        vae                              another autoencoder than the checkpoint's, see load_autoencoder
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        path = find_file(path)
+        found = checkpoint.load(path)
+        vae_config = found.config.get("autoencoder", {})
+        config = found.model_config(
+            model=model, image_size=image_size, num_classes=num_classes, factor=vae_config.get("factor", 8)
+            if vae_config.get("vae") != "none" else 1,
+        )  # fmt: skip
+        network = checkpoint.build_model(config, found.state_dict(weights), path)
+        process = create_process(found.config.get("process", dict(learn_sigma=config["learn_sigma"])))
+        autoencoder = load_autoencoder(
+            vae or vae_config.get("vae", "ema"), device, image_channels=config["in_channels"]
+        )
+        if autoencoder.channels != config["in_channels"]:
+            raise UserError(
+                f"--vae {vae}: its latents have {autoencoder.channels} channels,"
+                f" {path} takes {config['in_channels']}"
+            )
+        return cls(network, process, autoencoder, device, found.config.get("sampling"))
+
+    def sample(
+        self,
+        n_or_labels,
+        *,
+        seeds=None,
+        cfg_scale=None,
+        steps=None,
+        sampler=None,
+        batch_size=64,
+        progress=False,
+    ):
+        """Images (N, C, H, W), float in [0, 1], on the CPU.
+
+        n_or_labels   how many, with random labels; or the label of each, of 0 … num_classes-1
+        seeds         one a sample, or the first of N consecutive ones; None for 0 … N-1
+        cfg_scale     guidance: 1 for none; refused for a model that knows no null label
+        steps         denoising steps, or a spacing as "10,15,20" or "ddim50"
+        sampler       "ddpm" or "ddim"
+        batch_size    images at a time; does not change them
+        progress      show a bar
+        Raises ValueError for anything out of range.
+        """
+        labels = None if isinstance(n_or_labels, int) else [int(label) for label in n_or_labels]
+        count = n_or_labels if labels is None else len(labels)
+        if count < 1:
+            raise UserError(f"{count} samples: ask for at least 1")
+        seeds = (
+            range(seeds or 0, (seeds or 0) + count)
+            if seeds is None or isinstance(seeds, int)
+            else list(seeds)
+        )
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} samples: give as many, or the first one")
+        if labels is not None:
+            check_labels(labels, self.model.num_classes)
+        cfg_scale, steps, sampler = self.settle(cfg_scale, steps, sampler)
+        images, batches = [], math.ceil(count / batch_size)
+        process = self.process.respaced(steps)
+        with tqdm(
+            total=batches * process.num_timesteps, disable=not progress, desc="Sampling", unit="step"
+        ) as bar:
+            for start in range(0, count, batch_size):
+                rows = slice(start, start + batch_size)
+                x = self._sample_batch(
+                    process, seeds[rows], labels and labels[rows], cfg_scale, sampler, lambda _: bar.update()
+                )
+                images.append(((self.autoencoder.decode(x) + 1) / 2).clamp(0, 1).float().cpu())
+        return torch.cat(images)
+
+    def sample_each_class(self, n_per_class, classes=None, **options):
+        """n_per_class images of every class in turn, or of the classes given. Options as sample's."""
+        classes = range(self.model.num_classes) if classes is None else classes
+        if not self.model.num_classes:
+            raise UserError("sample_each_class: this model is unconditional; use sample(n)")
+        return self.sample([label for label in classes for _ in range(n_per_class)], **options)
+
+    def settle(self, cfg_scale=None, steps=None, sampler=None):
+        """What (cfg_scale, steps, sampler) come to with the defaults; UserError for what cannot be done."""
+        model = self.model
+        if cfg_scale not in (None, 1) and model.null_label is None:
+            why = "was trained without label dropout" if model.num_classes else "is unconditional"
+            raise UserError(
+                f"--cfg-scale {cfg_scale}: this model {why}, so there is nothing to guide; leave it out"
+            )
+        if cfg_scale is None:
+            cfg_scale = self.defaults["cfg_scale"] if model.null_label is not None else 1.0
+        steps, sampler = (
+            self.defaults["steps"] if steps is None else steps,
+            sampler or self.defaults["sampler"],
+        )
+        if sampler not in SAMPLERS:
+            raise UserError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
+        check_sampling_options(cfg_scale, steps, self.process.original_num_steps)
+        return cfg_scale, steps, sampler
+
+    def _sample_batch(self, process, seeds, labels, cfg_scale, sampler, callback):
+        model, noise = self.model, SampleNoise(seeds)
+        model_kwargs, guidance = {}, None
+        if model.num_classes:
+            y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels)
+            model_kwargs = dict(y=y.to(self.device))
+            if cfg_scale != 1:
+                # The published samples guide three of the four latent channels; anything else is guided
+                # whole.
+                channels = 3 if model.in_channels == 4 else None
+                guidance = Guidance(cfg_scale, model.null_label, channels)
+        z = noise.randn((model.in_channels, *model.input_size)).to(self.device)
+        return process.sample(
+            model, z, sampler=sampler, model_kwargs=model_kwargs, guidance=guidance,
+            randn_like=noise.randn_like, clip_denoised=self.autoencoder.clip_denoised, callback=callback,
+        )  # fmt: skip
+
+
+def check_labels(labels, num_classes):
+    """Raise UserError for a label that is not one of the model's classes."""
+    for label in labels:
+        if not num_classes:
+            raise UserError(f"--class-labels {label}: this model is unconditional; leave it out")
+        if not 0 <= label < num_classes:
+            raise UserError(f"--class-labels {label}: must be between 0 and {num_classes - 1}")
+
+
+def check_sampling_options(cfg_scale, steps, num_timesteps=1000):
+    """Raise UserError for a guidance scale, or a number of steps out of num_timesteps, that cannot be; None
+    is fine."""
+    if cfg_scale is not None and not 0 <= cfg_scale < math.inf:
+        raise UserError(f"--cfg-scale {cfg_scale}: must be 0 or more; 1 is without guidance")
+    if steps is not None:
+        with blame(f"--num-sampling-steps {steps}"):
+            space_timesteps(num_timesteps, steps)
+
+
+def add_sampling_arguments(parser):
+    """--cfg-scale, --num-sampling-steps and --sampler, the same in every command."""
+    parser.add_argument(
+        "--cfg-scale", type=float, default=None, metavar="SCALE",
+        help="classifier-free guidance: 1 for none, more for clearer and less varied images"
+        " (default: the run's own; {cfg_scale} where it has none)".format(**DEFAULTS),
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-sampling-steps", type=str, default=None, metavar="STEPS",
+        help="denoising steps: a number, sections as 10,15,20, or a stride as ddim50"
+        " (default: the run's own; {steps} where it has none)".format(**DEFAULTS),
+    )  # fmt: skip
+    parser.add_argument(
+        "--sampler", choices=list(SAMPLERS), default=None,
+        help="ddpm, ancestral, or ddim, deterministic and good with fewer steps"
+        " (default: the run's own; {sampler} where it has none)".format(**DEFAULTS),
+    )  # fmt: skip
+
+
+def save_grid(images, path, nrow):
+    """Write images (N, C, H, W) in [0, 1] as one PNG, nrow a row; tiny ones enlarged so that a person sees
+    them."""
+    from torchvision.utils import save_image
+
+    enlarge = max(1, 64 // min(images.shape[-2:]))
+    images = images.repeat_interleave(enlarge, dim=-2).repeat_interleave(enlarge, dim=-1)
+    folder = os.path.dirname(path)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    save_image(images, path, nrow=nrow)

@@ -1,0 +1,91 @@
+"""autoencoder.py, with random AutoencoderKLs saved by diffusers."""
+
+import json
+
+import pytest
+import torch
+
+from autoencoder import SD_SCALE, Pixels, describe_vae, load_autoencoder, resolve_vae
+from runtime import UserError
+
+CPU = torch.device("cpu")
+
+
+def save_vae(folder, **options):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    defaults = dict(
+        block_out_channels=[8, 8, 16], down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    AutoencoderKL(**{**defaults, **options}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_published_names():
+    assert (
+        resolve_vae("ema") == "stabilityai/sd-vae-ft-ema"
+        and resolve_vae("mse") == "stabilityai/sd-vae-ft-mse"
+    )
+    assert describe_vae("mse", 3) == (4, 8, 3) and describe_vae("none", 1) == (1, 1, 1)
+
+
+def test_everything_comes_from_the_config(tmp_path):
+    folder = save_vae(tmp_path / "vae", latent_channels=6, scaling_factor=0.5, shift_factor=0.25)
+    vae = load_autoencoder(folder, CPU)
+    assert vae.config == dict(vae=folder, channels=6, factor=4, scale=0.5, shift=0.25)
+    assert describe_vae(folder, 3) == (6, 4, 3)
+    assert not any(p.requires_grad for p in vae.model.parameters()) and not vae.model.training
+
+
+def test_scale_of_a_config_without_one(tmp_path):
+    folder = save_vae(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    del config["scaling_factor"], config["shift_factor"]
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    vae = load_autoencoder(folder, CPU)
+    assert (vae.scale, vae.shift) == (SD_SCALE, 0.0) == (0.18215, 0.0)
+
+
+def test_encode_and_decode(tmp_path):
+    vae = load_autoencoder(save_vae(tmp_path / "vae", scaling_factor=0.5, shift_factor=0.25), CPU)
+    images, noise = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6)
+    posterior = vae.model.encode(images).latent_dist
+    x = vae.encode(images, noise)
+    torch.testing.assert_close(x, (posterior.mean + posterior.std * noise - 0.25) * 0.5)
+    torch.testing.assert_close(vae.decode(x), vae.model.decode(x * 2 + 0.25).sample)
+    assert not x.requires_grad and vae.decode(x).shape == images.shape
+
+
+def test_pixels_are_left_alone():
+    images = torch.rand(2, 1, 8, 8)
+    pixels = load_autoencoder("none", CPU, image_channels=1)
+    assert isinstance(pixels, Pixels) and pixels.channels == 1
+    assert pixels.encode(images, None) is images and pixels.decode(images) is images
+
+
+@pytest.mark.parametrize("break_it", ["empty", "weights", "config"])
+def test_folders_that_are_no_vae(tmp_path, break_it):
+    if break_it == "empty":
+        (tmp_path / "vae").mkdir()
+    else:
+        save_vae(tmp_path / "vae")
+        name = dict(weights="diffusion_pytorch_model.safetensors", config="config.json")[break_it]
+        (tmp_path / "vae" / name).write_bytes(b"junk")
+    with pytest.raises(UserError, match="--vae .*vae: ") as refused:
+        load_autoencoder(str(tmp_path / "vae"), CPU)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name in ("ema", "someone/some-vae"):
+        with pytest.raises(UserError, match="cannot be loaded; check the name and the network") as refused:
+            load_autoencoder(name, CPU)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="--vae ./nowhere: no such folder; give ema, mse"):
+        load_autoencoder("./nowhere", CPU)

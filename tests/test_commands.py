@@ -1,0 +1,93 @@
+"""The commands as documented: help on every option, and README lines that parse; the lists of
+dependencies."""
+
+import importlib
+import re
+import shlex
+import sys
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT
+from test_data import write_image
+
+from runtime import launch
+
+COMMANDS = sorted(
+    path.stem for path in ROOT.glob("*.py") if re.search(r"^def build_parser", path.read_text(), re.MULTILINE)
+)
+README = (ROOT / "README.md").read_text()
+
+
+def test_all_commands_are_found():
+    assert {"train", "sample", "download", "models"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_everything(name):
+    module = importlib.import_module(name)
+    parser = module.build_parser()
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        option = action.option_strings[0]
+        assert option.startswith("--") and "_" not in option, option
+        assert action.help and "(default" in action.help, f"{name}.py {option}: help with a default"
+        if action.nargs != 0 and not action.choices:
+            assert action.metavar and action.metavar.isupper(), f"{name}.py {option}: what unit?"
+        shown = re.search(r"\(default: ([^);]+)", action.help)[1]
+        if isinstance(action.default, bool):
+            assert shown == ("on" if action.default else "off"), option
+        elif isinstance(action.default, (int, float)):
+            assert float(shown) == action.default, option
+        elif action.default is not None:
+            assert shown == action.default, option
+    parser.format_help()
+
+
+def readme_commands():
+    """Every train.py and sample.py line of the README's code blocks, continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if re.search(r"\b(train|sample)\.py\b", line)]
+
+
+def test_readme_has_the_commands():
+    found = "\n".join(readme_commands())
+    for expected in ("uv run train.py --preset digits", "uv run sample.py --ckpt", "torchrun --nnodes=1"):
+        assert expected in found
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
+    """With a folder of as many images as a batch in place of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(256):
+        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", size=(4, 4), seed=i)
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word in ("train.py", "sample.py"))
+    argv = ["images" if word.startswith("/path/to/") else word for word in words[script + 1 :]]
+    if "cifar10" in " ".join(argv):
+        pytest.skip("CIFAR-10 would be downloaded")
+    module = importlib.import_module(words[script].removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [words[script], *argv, "--dry-run"])
+    launch(module.main, module.build_parser())
+    assert "nothing was written" in capsys.readouterr().out
+
+
+def test_conda_environment_is_the_same_list():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
+    assert pip == project["project"]["dependencies"]
+    assert f"python{project['project']['requires-python']}" in conda
+    for dependency in pip:
+        assert re.fullmatch(r"[a-z-]+>=[\d.]+,<[\d.]+", dependency), (
+            f"{dependency}: a range with an upper bound"
+        )
+
+
+def test_assets_carry_their_licence():
+    assert "CC BY 4.0" in (ROOT / "assets" / "README.md").read_text()
+    assert "MIT License" in (ROOT / "LICENSE").read_text()

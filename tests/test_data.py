@@ -1,0 +1,247 @@
+"""data.py: what the images are, and the order they come in."""
+
+import pickle
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import BatchOrder, center_crop_arr, create_loader, load_cifar10, load_digits, open_dataset
+from runtime import UserError
+
+CROPS = ["375x500", "768x1024", "300x90", "256x257", "70x64"]
+
+
+def write_image(path, size=(20, 16), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.mark.parametrize("size", CROPS)
+def test_crop_is_adm_s(golden, size):
+    height, width = map(int, size.split("x"))
+    rng = np.random.default_rng(zlib.crc32(f"image:{size}".encode()))
+    small = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.BILINEAR)
+    crop = np.array(center_crop_arr(image, 64)).astype(int)
+    difference = np.abs(crop - golden("scripts.npz")[f"crop64/{size}"])
+    assert crop.shape == (64, 64, 3) and difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
+def test_folder_with_classes(tmp_path):
+    for i, name in enumerate(["cat/b.png", "cat/a.png", "dog/c.jpg", "bird/deep/d.webp"]):
+        write_image(tmp_path / name, seed=i)
+    dataset = open_dataset("folder", str(tmp_path), 16)
+    assert dataset.classes == ["bird", "cat", "dog"] and len(dataset) == 4
+    image, label = dataset[(1, False)]
+    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.float32, 1)
+    assert image.min() >= -1 and image.max() <= 1 and image.std() > 0.3
+    assert torch.equal(dataset[(1, True)][0], image.flip(-1))
+
+
+def test_pixels_survive(tmp_path):
+    pixels = write_image(tmp_path / "a.png", size=(16, 16))
+    image, label = open_dataset("folder", str(tmp_path), 16)[(0, False)]
+    assert label == 0 and np.array_equal(((image + 1) * 127.5).round().byte().permute(1, 2, 0), pixels)
+
+
+def test_flat_folder_has_no_classes(tmp_path):
+    write_image(tmp_path / "b.PNG")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")  # grey images count as RGB
+    (tmp_path / "notes.txt").write_text("not an image")
+    dataset = open_dataset("folder", str(tmp_path), 8)
+    assert dataset.classes == [] and len(dataset) == 2 and dataset[(0, False)][0].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "no images there"),
+        (lambda path: (path / "empty").mkdir(), "Found no valid file for the classes empty"),
+        (
+            lambda path: (write_image(path / "a.png"), write_image(path / "c" / "a.png")),
+            "both images and folders",
+        ),
+        (lambda path: (path / "bad.png").write_bytes(b"junk"), "bad.png: cannot be read as an image"),
+        (lambda path: (path / "bad.png").write_bytes(b""), "bad.png: cannot be read as an image"),
+    ],
+)
+def test_refused_folders(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message) as refused:
+        open_dataset("folder", str(tmp_path), 16)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_missing_folder_and_path():
+    with pytest.raises(UserError, match="--data-path nowhere: no such folder"):
+        open_dataset("folder", "nowhere", 16)
+    with pytest.raises(UserError, match="--data-path: required"):
+        open_dataset("folder", None, 16)
+
+
+def test_truncated_image_is_named_when_read(tmp_path):
+    write_image(tmp_path / "cut.png", size=(64, 64))
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    dataset = open_dataset("folder", str(tmp_path), 16)  # its header is sound
+    with pytest.raises(UserError, match="cut.png: cannot be read as an image; mend or remove it"):
+        dataset[(0, False)]
+
+
+def test_digits_are_the_real_ones():
+    sklearn = pytest.importorskip("sklearn.datasets").load_digits()
+    digits = load_digits()
+    assert len(digits) == 1797 and digits.classes == list("0123456789") and not digits.flips
+    images = torch.stack([digits[(i, False)][0] for i in range(len(digits))])
+    np.testing.assert_array_equal((images[:, 0] + 1) * 8, sklearn.images)
+    np.testing.assert_array_equal([digits[(i, False)][1] for i in range(len(digits))], sklearn.target)
+
+
+def test_digits_of_another_size():
+    with pytest.raises(UserError, match="--image-size 256: .* have 8 pixels a side; give --image-size 8"):
+        open_dataset("digits", None, 256)
+    with pytest.raises(UserError, match="--data-path elsewhere: the digits are embedded"):
+        open_dataset("digits", "elsewhere", 8)
+
+
+def make_cifar_archive(folder, per_file=6):
+    """CIFAR-10's archive in its own format, with random images; returns them in order."""
+    source = folder / "cifar-10-batches-py"
+    source.mkdir(parents=True)
+    rng, images, labels = np.random.default_rng(0), [], []
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        batch = {
+            "data": rng.integers(0, 256, (per_file, 3072), dtype=np.uint8),
+            "labels": [int(v) for v in rng.integers(0, 10, per_file)],
+        }
+        (source / name).write_bytes(pickle.dumps(batch))
+        if name != "test_batch":
+            images.append(batch["data"].reshape(-1, 3, 32, 32))
+            labels += batch["labels"]
+    (source / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(source, arcname="cifar-10-batches-py")
+    return np.concatenate(images), labels
+
+
+def test_cifar10_from_its_archive(tmp_path, monkeypatch):
+    import hashlib
+
+    from torchvision.datasets import CIFAR10
+
+    images, labels = make_cifar_archive(tmp_path / "source")
+    root = tmp_path / "root"
+    root.mkdir()
+    archive = tmp_path / "source" / "cifar-10-python.tar.gz"
+    (root / archive.name).write_bytes(archive.read_bytes())
+
+    def md5(path):
+        return hashlib.md5(path.read_bytes()).hexdigest()
+
+    # torchvision checks the real archive's sums; the fabricated one has others:
+    source = tmp_path / "source" / "cifar-10-batches-py"
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[f"data_batch_{i}", md5(source / f"data_batch_{i}")] for i in range(1, 6)]
+    )
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(source / "test_batch")]])
+    monkeypatch.setattr(CIFAR10, "meta", dict(CIFAR10.meta, md5=md5(source / "batches.meta")))
+    cifar = load_cifar10(str(root))
+    assert len(cifar) == 30 and cifar.flips and cifar.classes[3] == "class 3" and cifar.image_size == 32
+    image, label = cifar[(7, False)]
+    assert label == labels[7] and np.array_equal(((image + 1) * 127.5).round().byte(), images[7])
+
+
+def test_cifar10_without_a_network(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "file:///no/such/cifar-10-python.tar.gz")
+    with pytest.raises(UserError, match="CIFAR-10 is not there and could not be downloaded") as refused:
+        load_cifar10(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Order
+
+
+class Numbers(torch.utils.data.Dataset):
+    flips, classes = True, []
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, key):
+        return torch.tensor([key[0], key[1]], dtype=torch.float32), 0
+
+
+def test_an_epoch_holds_every_image_once():
+    order = BatchOrder(Numbers(103), 10, seed=5, stop_step=25)
+    batches = list(order)
+    assert (
+        order.steps_per_epoch == 10 and len(batches) == len(order) == 25 and {len(b) for b in batches} == {10}
+    )
+    first, second = ([index for batch in batches[i : i + 10] for index, _ in batch] for i in (0, 10))
+    assert len(set(first)) == len(set(second)) == 100 and first != second
+
+
+def test_flips_are_fair_and_change_with_the_epoch():
+    batches = list(BatchOrder(Numbers(2000), 1000, seed=1, stop_step=4))
+    share = np.mean([mirrored for batch in batches for _, mirrored in batch])
+    assert share == pytest.approx(0.5, abs=0.04)
+    epochs = [dict(batches[i] + batches[i + 1]) for i in (0, 2)]
+    assert np.mean([epochs[0][i] == epochs[1][i] for i in range(2000)]) == pytest.approx(0.5, abs=0.05)
+    assert not any(
+        mirrored for batch in BatchOrder(load_digits(), 100, stop_step=20) for _, mirrored in batch
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_the_global_batch(world_size):
+    alone = list(BatchOrder(Numbers(50), 8, seed=3, stop_step=15))
+    shares = [
+        list(BatchOrder(Numbers(50), 8, rank=rank, world_size=world_size, seed=3, stop_step=15))
+        for rank in range(world_size)
+    ]
+    assert alone == [sum(parts, []) for parts in zip(*shares)]
+
+
+def test_order_can_start_anywhere():
+    whole = list(BatchOrder(Numbers(50), 8, seed=3, stop_step=15))
+    assert list(BatchOrder(Numbers(50), 8, seed=3, start_step=9, stop_step=15)) == whole[9:]
+    assert list(BatchOrder(Numbers(50), 8, seed=4, stop_step=15)) != whole
+
+
+def test_workers_change_nothing():
+    order = BatchOrder(Numbers(50), 8, seed=3, stop_step=12)
+    alone = [images for images, _ in create_loader(Numbers(50), order, 0, torch.device("cpu"))]
+    workers = [images for images, _ in create_loader(Numbers(50), order, 2, torch.device("cpu"))]
+    assert all(torch.equal(a, b) for a, b in zip(alone, workers)) and len(workers) == 12
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_data_sets_can_be_sent_to_spawned_workers(tmp_path, name):
+    write_image(tmp_path / "a" / "a.png")
+    dataset = open_dataset(name, str(tmp_path) if name == "folder" else None, 8)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[(0, True)][0], dataset[(0, True)][0])
+
+
+def test_only_a_share_of_a_large_folder_is_checked(tmp_path, monkeypatch):
+    for i in range(20):
+        write_image(tmp_path / f"{i:02d}.png")
+    (tmp_path / "19.png").write_bytes(b"junk")
+    (tmp_path / "18.png").write_bytes(b"junk")
+    monkeypatch.setattr(data, "CHECKED_FILES", 3)
+    with pytest.raises(UserError, match="19.png"):  # the first, a middle one and the last
+        open_dataset("folder", str(tmp_path), 8)

@@ -1,0 +1,57 @@
+"""download.py, against a folder in place of the network."""
+
+import threading
+
+import pytest
+import torch
+from conftest import build_tiny
+
+import download
+from runtime import UserError
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "web").mkdir()
+    torch.save(build_tiny().state_dict(), tmp_path / "web" / "DiT-XL-2-256x256.pt")
+    monkeypatch.setattr(download, "PRETRAINED_URL", (tmp_path / "web").as_uri() + "/")
+    return tmp_path
+
+
+def test_published_weights_by_name(weights):
+    state = download.find_model("DiT-XL-2-256x256.pt")
+    assert set(state) == set(build_tiny().state_dict())
+    assert (weights / "pretrained_models" / "DiT-XL-2-256x256.pt").exists()
+
+
+def test_local_file(weights):
+    torch.save(dict(model=dict(a=torch.ones(1)), ema=dict(a=torch.zeros(1))), weights / "mine.pt")
+    assert download.find_model("mine.pt")["a"] == 0 and download.find_model("mine.pt", "raw")["a"] == 1
+
+
+def test_many_download_once(weights, monkeypatch):
+    fetched, fetch = [], torch.hub.download_url_to_file
+
+    def count(url, path, **options):
+        fetched.append(url)
+        fetch(url, path, **options)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", count)
+    threads = [
+        threading.Thread(target=download.download_model, args=("DiT-XL-2-256x256.pt",)) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
+def test_a_broken_download_leaves_nothing(weights, monkeypatch):
+    with pytest.raises(
+        UserError, match="DiT-XL-2-512x512.pt: could not be downloaded .* check the network"
+    ) as refused:
+        download.download_model("DiT-XL-2-512x512.pt")
+    assert "\n" not in str(refused.value)
+    assert not list((weights / "pretrained_models").glob("*.pt*[!k]"))

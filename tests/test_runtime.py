@@ -1,0 +1,72 @@
+"""runtime.py: processes, errors, seeds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import runtime
+from runtime import UserError, blame, derive_seed, generator_for
+
+
+def test_two_processes_together():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "tests" / "two_processes.py")]  # fmt: skip
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 is content" in done.stdout and "rank 1 is content" in done.stdout
+
+
+def test_seeds_are_well_mixed():
+    seeds = [
+        derive_seed(seed, stream, step) for seed in range(20) for stream in range(3) for step in range(50)
+    ]
+    assert len(set(seeds)) == len(seeds) and max(seeds) < 2**32
+    first = [torch.rand((), generator=generator_for("cpu", 0, step)).item() for step in range(1000)]
+    assert sum(first) / 1000 == pytest.approx(0.5, abs=0.03)
+
+
+def test_blame_names_the_flag():
+    with pytest.raises(UserError, match="^--lr 5: too much$"):
+        with blame("--lr 5"):
+            raise ValueError("too much")
+    with pytest.raises(UserError, match="^mine$"):
+        with blame("--lr 5"):
+            raise UserError("mine")
+    with pytest.raises(KeyError):
+        with blame("--lr 5"):
+            raise KeyError("a bug stays a bug")
+
+
+def test_only_user_errors_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    parser = runtime.Parser(prog="prog")
+
+    def wrong(args):
+        raise UserError("--x 1: no")
+
+    def broken(args):
+        raise ValueError("a bug")
+
+    with pytest.raises(SystemExit) as stopped:
+        runtime.launch(wrong, parser)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "prog: error: --x 1: no\n"
+    with pytest.raises(ValueError, match="a bug"):
+        runtime.launch(broken, parser)
+
+
+def test_importing_changes_nothing():
+    code = (
+        "import torch; before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32;"
+        "threads = torch.get_num_threads();"
+        "import train, sample, download, models;"
+        "assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32);"
+        "assert threads == torch.get_num_threads() and not torch.distributed.is_initialized();"
+        "import sys; assert 'diffusers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

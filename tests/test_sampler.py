@@ -1,0 +1,188 @@
+"""sampler.py and sample.py: an image depends on its seed and label alone; bad requests are refused first."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny, load_rule_weights
+from PIL import Image
+
+import checkpoint
+import sample
+from diffusion import create_diffusion
+from runtime import UserError, launch
+from sampler import SampleNoise, Sampler, save_grid
+
+
+def tiny_sampler(**overrides):
+    model = load_rule_weights(build_tiny(**dict(in_channels=3, learn_sigma=False, **overrides)), 0.1)
+    return Sampler(model, device="cpu", defaults=dict(steps="5"))
+
+
+def test_shapes_and_range():
+    sampler = tiny_sampler()
+    images = sampler.sample(3)
+    assert images.shape == (3, 3, 8, 8) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.1
+    assert sampler.sample_each_class(2).shape == (20, 3, 8, 8)
+    assert sampler.sample_each_class(1, [4, 2]).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(num_classes=0), dict(input_size=[8, 12]), dict(class_dropout_prob=0.0)]
+)
+def test_other_models(options):
+    sampler = tiny_sampler(**options)
+    assert sampler.sample(2).shape == (2, 3, *sampler.model.input_size)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_images_do_not_depend_on_the_batch(solver):
+    sampler, labels = tiny_sampler(), [i % 10 for i in range(12)]
+    together = sampler.sample(labels, seeds=100, sampler=solver)
+    for batch_size in (1, 5):
+        split = sampler.sample(labels, seeds=100, sampler=solver, batch_size=batch_size)
+        torch.testing.assert_close(split, together, atol=1e-4, rtol=0)  # GEMM rounding
+    order = [7, 3, 11]
+    some = sampler.sample([labels[i] for i in order], seeds=[100 + i for i in order], sampler=solver)
+    torch.testing.assert_close(some, together[order], atol=1e-4, rtol=0)
+    assert not torch.allclose(together[0], together[10], atol=1e-2)  # same label, other seed
+
+
+def test_random_labels_belong_to_the_seed():
+    labels = SampleNoise(range(40)).labels(10)
+    assert len(labels.unique()) > 5
+    assert torch.equal(SampleNoise(range(20, 40)).labels(10), labels[20:])
+    assert torch.equal(SampleNoise([5 + 2**32]).randn((2, 2)), SampleNoise([5]).randn((2, 2)))
+
+
+def test_seeds_give_normal_noise():
+    noise = SampleNoise(range(2000)).randn((4, 4))
+    assert noise.mean().abs() < 0.02 and abs(noise.std() - 1) < 0.02
+    correlation = np.corrcoef(noise.flatten(1).numpy())[np.triu_indices(2000, 1)]
+    assert abs(correlation.mean()) < 2e-3  # neighbouring seeds share nothing
+
+
+def test_guidance_scale_acts():
+    sampler = tiny_sampler()
+    one, two = (sampler.sample([3, 4], cfg_scale=scale) for scale in (1, 2))
+    assert not torch.allclose(one, two, atol=1e-2)
+    # Scale 0 is the unconditional model, whatever the label:
+    assert torch.allclose(sampler.sample([3], cfg_scale=0), sampler.sample([8], cfg_scale=0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, call, message",
+    [
+        ({}, dict(n_or_labels=[10]), "--class-labels 10: must be between 0 and 9"),
+        ({}, dict(n_or_labels=[-1]), "--class-labels -1: must be between 0 and 9"),
+        ({}, dict(n_or_labels=0), "0 samples: ask for at least 1"),
+        ({}, dict(n_or_labels=2, seeds=[1, 2, 3]), "3 seeds for 2 samples"),
+        ({}, dict(n_or_labels=2, cfg_scale=-1), "--cfg-scale -1: must be 0 or more"),
+        ({}, dict(n_or_labels=2, cfg_scale=float("nan")), "--cfg-scale nan: must be 0 or more"),
+        ({}, dict(n_or_labels=2, steps=0), "--num-sampling-steps 0: 0 steps: there must be at least 1"),
+        ({}, dict(n_or_labels=2, sampler="magic"), "--sampler magic: choose one of ddpm, ddim"),
+        (
+            dict(num_classes=0),
+            dict(n_or_labels=2, cfg_scale=2),
+            "this model is unconditional, so there is nothing",
+        ),
+        (dict(num_classes=0), dict(n_or_labels=[1]), "--class-labels 1: this model is unconditional"),
+        (dict(class_dropout_prob=0.0), dict(n_or_labels=2, cfg_scale=2), "was trained without label dropout"),
+    ],
+)
+def test_refused_requests(options, call, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        tiny_sampler(**options).sample(**call)
+
+
+def test_grid_enlarges_tiny_images(tmp_path):
+    images = torch.zeros(6, 1, 8, 8)
+    images[0, 0, 0, 7] = 1
+    save_grid(images, str(tmp_path / "new" / "grid.png"), nrow=3)
+    with Image.open(tmp_path / "new" / "grid.png") as picture:
+        assert picture.size == (3 * 66 + 2, 2 * 66 + 2)
+        pixels = np.array(picture.convert("L"))
+    assert (pixels[2:10, 2 + 56 : 2 + 64] == 255).all() and (pixels == 255).sum() == 64
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load_rule_weights(build_tiny(in_channels=1, learn_sigma=False), 0.1)
+    raw = {key: value * 0 for key, value in model.state_dict().items()}
+    checkpoint.save("run.pt", dict(
+        model=raw, ema=model.state_dict(), step=3, config=dict(
+            model=model.config, process=create_diffusion(None, learn_sigma=False).config,
+            autoencoder=dict(vae="none", channels=1), sampling=dict(cfg_scale=2.0, steps="4", sampler="ddim"),
+        ),
+    ))  # fmt: skip
+    return "run.pt"
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+    launch(sample.main, sample.build_parser())
+
+
+def test_sample_repeats_nothing_of_the_training_command(ckpt, monkeypatch, capsys):
+    run(monkeypatch, "--ckpt", ckpt, "--class-labels", *range(10), "--seed", 3)
+    assert "Saved 10 samples to sample.png, labels [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]" in capsys.readouterr().out
+    with Image.open("sample.png") as picture:
+        assert picture.size == (4 * 66 + 2, 3 * 66 + 2)
+        first = np.array(picture)
+    expected = Sampler.from_checkpoint(ckpt).sample(
+        list(range(10)), seeds=3, cfg_scale=2.0, steps=4, sampler="ddim"
+    )
+    save_grid(expected, "expected.png", nrow=4)
+    assert np.array_equal(first, np.array(Image.open("expected.png")))
+    run(monkeypatch, "--ckpt", ckpt, "--class-labels", *range(10), "--seed", 3, "--weights", "raw")
+    assert not np.array_equal(first, np.array(Image.open("sample.png")))
+
+
+def test_labels_by_default(ckpt, monkeypatch, capsys):
+    run(monkeypatch, "--ckpt", ckpt)
+    assert "Saved 8 samples to sample.png, labels [0, 1, 2, 3, 4, 5, 6, 7]" in capsys.readouterr().out
+    assert sample.default_labels(1000) == [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--ckpt", "run.pt", "--class-labels", "10"], "--class-labels 10: must be between 0 and 9"),
+        (
+            ["--ckpt", "run.pt", "--model", "DiT-S/2"],
+            "--model DiT-S/2: run.pt holds a DiT of depth 2, width 64",
+        ),
+        (["--ckpt", "run.pt", "--image-size", "16"], "--image-size 16: run.pt is for 8x8"),
+        (
+            ["--ckpt", "run.pt", "--num-sampling-steps", "0"],
+            "--num-sampling-steps 0: '0' steps: there must be at least 1",
+        ),
+        (
+            ["--ckpt", "run.pt", "--num-sampling-steps", "5000"],
+            "--num-sampling-steps 5000: '5000': 5000 steps cannot",
+        ),
+        (["--ckpt", "run.pt", "--num-sampling-steps", "ddim13.5"], "'ddim13.5' is not a number of steps"),
+        (["--ckpt", "run.pt", "--cfg-scale", "-2"], "--cfg-scale -2.0: must be 0 or more"),
+        (["--ckpt", "run.pt", "--seed", "-2"], "--seed -2: must be 0 or more"),
+        (["--ckpt", "nowhere.pt"], "--ckpt nowhere.pt: no such file"),
+        (["--model", "DiT-M/2"], "argument --model: invalid choice: 'DiT-M/2' (choose from"),
+        (["--model", "DiT-B/2"], "--model DiT-B/2: only DiT-XL/2 is published"),
+        (["--image-size", "300"], "--image-size 300: published weights are for 256 and 512"),
+        (["--num-classes", "10"], "--num-classes 10: the published weights have 1000"),
+        (["--class-labels", "1000"], "--class-labels 1000: must be between 0 and 999"),
+    ],
+)
+def test_refused_commands(ckpt, monkeypatch, capsys, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("sample.py: error: ") and message in error and error.count("\n") == 1

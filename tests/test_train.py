@@ -1,0 +1,295 @@
+"""train.py: what a run leaves behind, that processes share a batch exactly, and what is refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_autoencoder import save_vae
+from test_data import write_image
+
+import checkpoint
+import train
+from models import DiT
+from runtime import launch
+from sampler import Sampler
+
+# A model and sampler small enough to test with:
+SMALL = (
+    "--dataset digits --image-size 8 --vae none --depth 1 --hidden-size 32 --num-heads 2 --model DiT-S/2"
+    " --num-workers 0 --global-batch-size 16 --lr 1e-3 --num-sampling-steps 3 --cfg-scale 1.5 --log-every 1"
+).split()
+
+
+def run(*argv):
+    parser = train.build_parser()
+    original, sys.argv = sys.argv, ["train.py", *map(str, argv)]
+    try:
+        parser.prog = "train.py"
+        launch(train.main, parser)
+    finally:
+        sys.argv = original
+
+
+def torchrun(processes, folder, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / "train.py"), *map(str, argv)]  # fmt: skip
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(folder, name="loss"):
+    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 12 steps, and its folder."""
+    root = tmp_path_factory.mktemp("run")
+    run(*SMALL, "--max-steps", 12, "--ckpt-every", 5, "--results-dir", root / "results", "--no-learn-sigma")
+    return root / "results" / "000-DiT-S-2"
+
+
+def test_run_folder(finished):
+    assert sorted(os.listdir(finished)) == ["args.json", "checkpoints", "log.txt", "metrics.jsonl", "samples"]
+    assert sorted(os.listdir(finished / "checkpoints")) == ["0000005.pt", "0000010.pt", "0000012.pt"]
+    assert json.loads((finished / "args.json").read_text())["global_batch_size"] == 16
+    log = (finished / "log.txt").read_text()
+    assert re.search(r"\(step=0000012\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d{2}\n", log)
+    assert "Done!" in log and "Dataset contains 1,797 images" in log
+    losses = metrics(finished)
+    assert len(losses) == 12 and losses[0] == pytest.approx(1, abs=0.15)  # a new model predicts no noise
+    with Image.open(finished / "samples" / "0000012.png") as picture:
+        assert picture.size == (662, 662)  # ten classes, ten each, 64 pixels and a border
+
+
+def test_checkpoint(finished):
+    contents = torch.load(finished / "checkpoints" / "0000012.pt", weights_only=True)
+    assert {"model", "ema", "opt", "args", "step", "config"} <= set(contents)
+    assert contents["step"] == 12 and contents["args"]["model"] == "DiT-S/2"
+    model = DiT(**contents["config"]["model"])
+    model.load_state_dict(contents["model"])
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).load_state_dict(contents["opt"])
+    assert contents["config"]["data"]["classes"] == list("0123456789")
+    assert not torch.equal(
+        contents["ema"]["final_layer.linear.bias"], contents["model"]["final_layer.linear.bias"]
+    )
+    assert torch.equal(contents["ema"]["pos_embed"], contents["model"]["pos_embed"])
+
+
+def test_picture_is_what_the_checkpoint_samples(finished):
+    sampler = Sampler.from_checkpoint(str(finished / "checkpoints" / "0000012.pt"), device="cpu")
+    assert sampler.defaults == dict(cfg_scale=1.5, steps="3", sampler="ddpm")
+    first = (sampler.sample([0] * 10, seeds=0)[0, 0] * 255).round()
+    with Image.open(finished / "samples" / "0000012.png") as picture:
+        shown = np.array(picture.convert("L"))[2:66:8, 2:66:8]
+    np.testing.assert_allclose(shown, first, atol=1)
+
+
+def test_runs_are_numbered(tmp_path):
+    for name in ("003-DiT-S-2", "notes"):
+        (tmp_path / name).mkdir()
+    args = train.build_parser().parse_args([*SMALL, "--results-dir", str(tmp_path)])
+    assert os.path.basename(train.create_run_folder(args)) == "004-DiT-S-2"
+    args = train.build_parser().parse_args(["--preset", "digits", "--results-dir", str(tmp_path)])
+    assert os.path.basename(train.create_run_folder(args)) == "005-DiT-S-2-digits"
+
+
+def test_presets():
+    parse = train.build_parser().parse_args
+    assert parse(["--preset", "digits"]).dataset == "digits"
+    by_hand = parse(["--lr", "0.5", "--preset", "digits"])
+    assert by_hand.lr == 0.5 and by_hand.image_size == 8
+    official = parse(["--data-path", "x"])
+    defaults = dict(
+        results_dir="results", model="DiT-XL/2", image_size=256, epochs=1400, global_batch_size=256,
+        global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50_000, lr=1e-4,
+        weight_decay=0, ema_decay=0.9999, class_dropout_prob=0.1, learn_sigma=True,
+    )  # fmt: skip
+    assert {name: getattr(official, name) for name in defaults} == defaults
+    for name, options in train.PRESETS.items():
+        assert set(options) <= set(vars(official)), name  # every key is an option
+        for key, value in options.items():
+            argv = ["--preset", name] + (
+                [] if isinstance(value, bool) else [f"--{key.replace('_', '-')}", str(value)]
+            )
+            assert getattr(parse(argv), key) == value  # and has the type that the option gives
+
+
+def test_ema():
+    torch.manual_seed(0)
+    model, ema = (
+        DiT(input_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2) for _ in "ab"
+    )
+    before = {name: p.detach().clone() for name, p in ema.named_parameters()}
+    train.update_ema(ema, model, decay=0.9)
+    for name, p in ema.named_parameters():
+        expected = (
+            before[name] if name == "pos_embed" else 0.9 * before[name] + 0.1 * model.get_parameter(name)
+        )
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "loss-second-moment"])
+def test_two_processes_train_as_one(tmp_path, timesteps):
+    """Same losses over 30 steps, and in the end the same weights on both ranks and as one process has."""
+    argv = [*SMALL, "--max-steps", 30, "--timestep-sampler", timesteps, "--results-dir"]
+    run(*argv, tmp_path / "one")
+    torchrun(2, tmp_path, *argv, tmp_path / "two")  # saving asserts that the ranks agree
+    one, two = (tmp_path / name / "000-DiT-S-2" for name in ("one", "two"))
+    for name in ("loss", "mse", "vb"):
+        np.testing.assert_allclose(metrics(two, name), metrics(one, name), rtol=1e-4, atol=1e-4)
+    weights = [
+        checkpoint.load(folder / "checkpoints" / "0000030.pt").state_dict("raw") for folder in (one, two)
+    ]
+    for key in weights[0]:
+        torch.testing.assert_close(weights[1][key], weights[0][key], atol=2e-4, rtol=1e-3)
+
+
+def test_learned_timesteps_are_kept(tmp_path):
+    run(*SMALL, "--max-steps", 2, "--timestep-sampler", "loss-second-moment", "--results-dir", tmp_path)
+    contents = checkpoint.load(str(tmp_path / "000-DiT-S-2" / "checkpoints" / "0000002.pt")).contents
+    assert contents["timestep_sampler"]["counts"].sum() == 32
+
+
+def test_unconditional_training_from_a_flat_folder(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+    run(
+        "--data-path", tmp_path / "images", "--num-classes", 0, "--image-size", 8, "--vae", "none",
+        "--depth", 1, "--hidden-size", 32, "--num-heads", 2, "--model", "DiT-S/2", "--global-batch-size", 4,
+        "--max-steps", 3, "--num-sampling-steps", 2, "--num-workers", 1, "--results-dir",
+        tmp_path / "results",
+    )  # fmt: skip
+    folder = tmp_path / "results" / "000-DiT-S-2"
+    assert (folder / "samples" / "0000003.png").exists()
+    sampler = Sampler.from_checkpoint(str(folder / "checkpoints" / "0000003.pt"), device="cpu")
+    assert sampler.sample(2, steps=2).shape == (2, 3, 8, 8)
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder of 2 classes and 6 images, in an otherwise empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", seed=i)
+    (tmp_path / "flat").mkdir()
+    write_image(tmp_path / "flat" / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "a" / "bad.png").write_bytes(b"junk")
+    return tmp_path
+
+
+PIXELS = "--data-path images --vae none --image-size 8 --global-batch-size 2 --model DiT-S/2"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            "--data-path images --image-size 250 --global-batch-size 2",
+            "--image-size 250: must be divisible by 16 (the VAE's 8 x patch 2)",
+        ),
+        (f"{PIXELS} --image-size 9", "--image-size 9: must be divisible by 2 (patch 2)"),
+        ("--data-path images --model DiT-M/2", "argument --model: invalid choice: 'DiT-M/2' (choose from"),
+        ("--data-path nowhere", "--data-path nowhere: no such folder"),
+        ("--data-path empty", "--data-path empty: no images there"),
+        ("", "--data-path: required"),
+        (
+            "--data-path images",
+            "--global-batch-size 256: the data set has 6 images, not enough for one batch",
+        ),
+        ("--data-path broken", "broken/a/bad.png: cannot be read as an image; mend or remove it"),
+        ("--data-path images --num-classes 1", "--num-classes 1: the data set has 2; give at least that"),
+        ("--data-path flat --num-classes 5", "--num-classes 5: flat is a flat folder, without classes"),
+        (
+            "--data-path flat --cfg-scale 2 --global-batch-size 1",
+            "--cfg-scale 2.0: an unconditional model has nothing",
+        ),
+        ("--dataset digits", "--image-size 256: the images of --dataset digits have 8 pixels a side"),
+        ("--preset digits --vae ema", "--vae ema: takes images of 3 channels, these have 1; give --vae none"),
+        ("--preset digits --vae nowhere/at/all", "--vae nowhere/at/all: "),
+        (f"{PIXELS} --num-sampling-steps 0", "--num-sampling-steps 0: '0' steps: there must be at least 1"),
+        (f"{PIXELS} --num-sampling-steps 5000", "5000 steps cannot be taken out of 1000"),
+        (f"{PIXELS} --num-sampling-steps ddim13.5", "'ddim13.5' is not a number of steps"),
+        (f"{PIXELS} --cfg-scale -1", "--cfg-scale -1.0: must be 0 or more"),
+        (
+            f"{PIXELS} --hidden-size 100",
+            "--model DiT-S/2: hidden_size 100: must be divisible by 4 and by num_heads 6",
+        ),
+        (f"{PIXELS} --lr 0", "--lr 0.0: must be more than 0"),
+        (f"{PIXELS} --ema-decay 1.5", "--ema-decay 1.5: must be in [0, 1)"),
+        (f"{PIXELS} --max-steps 0", "--max-steps 0: must be at least 1"),
+        (f"{PIXELS} --log-every 0", "--log-every 0: must be at least 1"),
+        (f"{PIXELS} --class-dropout-prob 1", "--class-dropout-prob 1.0: must be in [0, 1)"),
+        (f"{PIXELS} --precision tf32", "--precision tf32: cpu has none; use fp32"),
+        (f"{PIXELS} --lr fast", "argument --lr: invalid float value: 'fast'"),
+        (f"{PIXELS} --learning-rate 1", "unrecognized arguments: --learning-rate 1"),
+        ("--preset nothing", "argument --preset: invalid choice: 'nothing'"),
+    ],
+)
+def test_refused_before_any_work(images, capsys, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(*argv.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("train.py: error: ") and message in error and error.count("\n") == 1
+    assert not os.path.exists("results")
+
+
+def test_results_that_cannot_be_written(images, capsys):
+    (images / "file").write_text("")
+    with pytest.raises(SystemExit):
+        run(*PIXELS.split(), "--num-workers", 0, "--results-dir", "file/results")
+    assert "--results-dir file/results: cannot be written to" in capsys.readouterr().err
+
+
+def test_an_image_that_breaks_in_a_worker_is_named(images, capsys):
+    for name in os.listdir(images / "images" / "a"):
+        path = images / "images" / "a" / name
+        path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(SystemExit) as stopped:
+        run(*PIXELS.split(), "--num-workers", 1, "--max-steps", 4, "--depth", 1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and re.search(
+        r"^train.py: error: images/a/\d.png: cannot be read as an image", last
+    )
+
+
+def test_dry_run_writes_nothing(images, capsys):
+    run(*"--data-path images --global-batch-size 2 --dry-run".split())
+    out = capsys.readouterr().out
+    assert "DiT-XL/2: 673," in out and "6 images, 2 classes" in out and not os.path.exists("results")
+
+
+@pytest.mark.slow
+def test_latents_of_a_real_vae_end_to_end(images):
+    """The SD-VAE's configuration with random weights: train, checkpoint, sample to PNG by the command."""
+    vae = save_vae(
+        images / "vae", block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, norm_num_groups=32, sample_size=256,
+    )  # fmt: skip
+    run(
+        "--data-path", "images", "--vae", vae, "--image-size", 64, "--model", "DiT-S/2",
+        "--global-batch-size", 2, "--max-steps", 3, "--num-workers", 2, "--num-sampling-steps", 4,
+    )  # fmt: skip
+    path = images / "results" / "000-DiT-S-2" / "checkpoints" / "0000003.pt"
+    config = checkpoint.load(str(path)).config
+    assert config["autoencoder"] == dict(vae=vae, channels=4, factor=8, scale=0.18215, shift=0.0)
+    assert config["model"]["input_size"] == [8, 8] and config["model"]["num_classes"] == 2
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(path), "--class-labels", "0", "1", "1"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open("sample.png") as picture:
+        assert picture.size == (3 * 66 + 2, 66 + 2) and np.array(picture).std() > 10
