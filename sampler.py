@@ -226,13 +226,13 @@ def add_sampling_arguments(parser):
 
 
 def save_grid(images, path, nrow):
-    """Write images (N, C, H, W) in [0, 1] as one PNG, nrow a row; tiny ones enlarged so that a person sees
-    them."""
+    """Write images (N, C, H, W) in [0, 1] as one PNG, nrow a row; tiny ones enlarged for the eye."""
     from torchvision.utils import save_image
 
     enlarge = max(1, 64 // min(images.shape[-2:]))
-    images = images.repeat_interleave(enlarge, dim=-2).repeat_interleave(enlarge, dim=-1)
+    if enlarge > 1:
+        images = torch.nn.functional.interpolate(images, scale_factor=enlarge, mode="bicubic").clamp(0, 1)
     folder = os.path.dirname(path)
     if folder:
         os.makedirs(folder, exist_ok=True)
-    save_image(images, path, nrow=nrow)
+    save_image(images, path, nrow=nrow, pad_value=0.25 if enlarge > 1 else 0)

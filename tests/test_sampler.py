@@ -100,12 +100,25 @@ def test_refused_requests(options, call, message):
 
 def test_grid_enlarges_tiny_images(tmp_path):
     images = torch.zeros(6, 1, 8, 8)
-    images[0, 0, 0, 7] = 1
+    images[4, 0, 2:6, 3:] = 1
     save_grid(images, str(tmp_path / "new" / "grid.png"), nrow=3)
     with Image.open(tmp_path / "new" / "grid.png") as picture:
         assert picture.size == (3 * 66 + 2, 2 * 66 + 2)
         pixels = np.array(picture.convert("L"))
-    assert (pixels[2:10, 2 + 56 : 2 + 64] == 255).all() and (pixels == 255).sum() == 64
+    tiles = {
+        (i, j): pixels[2 + 66 * i : 66 + 66 * i, 2 + 66 * j : 66 + 66 * j] for i in range(2) for j in range(3)
+    }
+    assert [place for place, tile in tiles.items() if tile.max() > 0] == [(1, 1)]
+    assert (tiles[1, 1][24:40, 40:] == 255).all() and (tiles[1, 1][:, :8] == 0).all()
+
+
+def test_grid_leaves_larger_images_alone(tmp_path):
+    images = torch.rand(2, 3, 64, 64)
+    save_grid(images, str(tmp_path / "grid.png"), nrow=4)
+    with Image.open(tmp_path / "grid.png") as picture:
+        shown = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    assert shown.shape == (3, 68, 2 * 66 + 2)
+    assert torch.equal(shown[:, 2:66, 68:132], (images[1] * 255 + 0.5).byte())
 
 
 # ---------------------------------------------------------------------------------------------
