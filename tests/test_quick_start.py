@@ -1,4 +1,4 @@
-"""The README's first command as a whole: time, legibility to a classifier, and that it copies nothing. Slow."""
+"""The README's first command as a whole: time, legibility to a classifier, no copying. Slow."""
 
 import subprocess
 import sys
