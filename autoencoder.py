@@ -3,6 +3,7 @@
 Both classes have the same interface: channels and factor (how many times smaller), encode, decode, and
 `config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
 
+import contextlib
 import os
 
 import torch
@@ -23,7 +24,10 @@ class Pixels:
 
     def __init__(self, channels):
         self.channels = channels
-        self.config = dict(vae="none", channels=channels)
+        self.config = dict(vae="none", channels=channels, factor=1)
+
+    def to(self, device):
+        return self
 
     def encode(self, images, noise):
         return images
@@ -37,9 +41,8 @@ class VAE:
 
     clip_denoised = False
 
-    def __init__(self, name, device):
-        self.name, self.device = name, device
-        self.model = _load_autoencoder_kl(name).eval().requires_grad_(False).to(device)
+    def __init__(self, name):
+        self.model = _load_autoencoder_kl(name).eval().requires_grad_(False)
         config = self.model.config
         self.channels, self.image_channels = config.latent_channels, config.in_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
@@ -48,6 +51,10 @@ class VAE:
         self.config = dict(
             vae=name, channels=self.channels, factor=self.factor, scale=self.scale, shift=self.shift
         )
+
+    def to(self, device):
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     def encode(self, images, noise):
@@ -63,23 +70,22 @@ class VAE:
 
 
 def resolve_vae(name):
-    """A hub id, a folder or "none", of what --vae was given."""
-    return PUBLISHED_VAES.get(name, name)
+    """A hub id, an absolute path or "none", of what --vae was given."""
+    return os.path.abspath(name) if os.path.isdir(name) else PUBLISHED_VAES.get(name, name)
 
 
 def describe_vae(name, image_channels):
-    """(channels, factor, image channels) of a VAE without loading its weights; a hub id not at hand counts as
-    SD's."""
+    """(channels, factor, image channels) of a VAE, from its config alone; UserError where it has none."""
     name = resolve_vae(name)
     if name == "none":
         return image_channels, 1, image_channels
-    if os.path.isdir(name):
-        import diffusers
+    if name in PUBLISHED_VAES.values():
+        return 4, 8, 3  # known without a network
+    with _refusing_vae(name):
+        from diffusers import AutoencoderKL
 
-        _check_folder(name)
-        config = diffusers.AutoencoderKL.load_config(name)
+        config = AutoencoderKL.load_config(name)
         return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1), config["in_channels"]
-    return 4, 8, 3
 
 
 def load_autoencoder(name, device, image_channels=3):
@@ -88,7 +94,7 @@ def load_autoencoder(name, device, image_channels=3):
     Raises UserError where it cannot be had.
     """
     name = resolve_vae(name)
-    return Pixels(image_channels) if name == "none" else VAE(name, device)
+    return (Pixels(image_channels) if name == "none" else VAE(name)).to(device)
 
 
 def add_vae_argument(parser, default):
@@ -97,35 +103,35 @@ def add_vae_argument(parser, default):
         "--vae", default=default, metavar="VAE",
         help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), a hub id, a folder saved by"
         " diffusers, or none to work on pixels"
-        f" (default: {default or 'the one of the checkpoint, or ema for published weights'})",
+        f" (default: {default or 'the one of the checkpoint, or mse for published weights'})",
     )  # fmt: skip
 
 
-def _check_folder(name):
-    if not os.path.isfile(os.path.join(name, "config.json")):
+@contextlib.contextmanager
+def _refusing_vae(name):
+    """Turn what diffusers raises for a VAE that is not there, or not one, into a UserError."""
+    is_folder = os.path.isdir(name)
+    if is_folder and not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
             f"--vae {name}: no config.json there; give the folder of a saved diffusers AutoencoderKL"
         )
-
-
-def _load_autoencoder_kl(name):
-    # Imported here, since it takes seconds that a pixel model need not wait:
-    from diffusers import AutoencoderKL
-
-    is_folder = os.path.isdir(name)
-    if is_folder:
-        _check_folder(name)
-    elif name.count("/") != 1 or name.startswith(("/", ".")):
+    if not is_folder and (name.count("/") != 1 or name.startswith(("/", "."))):
         raise UserError(
             f"--vae {name}: no such folder; give ema, mse, a hub id as owner/name, a folder, or none"
         )
     try:
-        return AutoencoderKL.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        remedy = (
-            "save it again with save_pretrained"
-            if is_folder
-            else ("check the name and the network, or give a folder with a copy of it")
-        )
+        remedy = "check the name and the network, or give a folder with a copy of it"
+        if is_folder:
+            remedy = "save it again with AutoencoderKL.save_pretrained"
         raise UserError(f"--vae {name}: cannot be loaded; {remedy} ({reason})") from error
+
+
+def _load_autoencoder_kl(name):
+    with _refusing_vae(name):
+        # Imported here, since it takes seconds that a pixel model need not wait:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(name)

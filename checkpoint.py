@@ -64,15 +64,20 @@ class Checkpoint:
 
         model ("DiT-XL/2"), image_size (pixels, factor times the model's) and num_classes are what the user
         says it must be; None leaves it to the checkpoint. Raises UserError where they differ."""
-        config = dict(self.config.get("model") or infer_model_config(self.state_dict(), self.path, model))
+        config = self.config.get("model") or infer_model_config(self.state_dict(), self.path, model)
+        try:
+            with torch.device("meta"):
+                config = DiT(**config).config
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--ckpt {self.path}: its model is not one of these ({error})") from error
         if model is not None:
             wanted = DiT_models[model].keywords
             if any(config[name] != value for name, value in wanted.items()):
                 raise UserError(
                     f"--model {model}: {self.path} holds {describe_model(config)}; leave --model out"
                 )
-        if image_size is not None and config["input_size"] != [image_size // factor] * 2:
-            height, width = (side * factor for side in config["input_size"])
+        height, width = (side * factor for side in config["input_size"])
+        if image_size is not None and not image_size == height == width:
             raise UserError(
                 f"--image-size {image_size}: {self.path} is for {height}x{width}; leave --image-size out"
             )
@@ -94,14 +99,21 @@ def load(path):
         contents = _load_pickle(path)
     if not isinstance(contents, dict) or not contents:
         raise UserError(f"--ckpt {path}: not a checkpoint (it holds a {type(contents).__name__})")
-    if "ema" not in contents and "model" not in contents:
-        if not all(isinstance(value, torch.Tensor) for value in contents.values()):
-            raise UserError(f"--ckpt {path}: neither a training checkpoint nor a state dict")
+    if _is_state_dict(contents):
         contents = dict(ema=contents)
-    contents = dict(contents)
-    contents.setdefault("ema", contents.get("model"))
-    contents.setdefault("model", contents["ema"])
-    return Checkpoint(path, contents, contents.get("config") or {})
+    states = {name: contents[name] for name in ("model", "ema") if contents.get(name) is not None}
+    if not states or not all(map(_is_state_dict, states.values())):
+        raise UserError(f"--ckpt {path}: neither a training checkpoint nor a state dict")
+    only = next(iter(states.values()))
+    contents = {**contents, "ema": states.get("ema", only), "model": states.get("model", only)}
+    config = contents.get("config")
+    return Checkpoint(path, contents, config if isinstance(config, dict) else {})
+
+
+def _is_state_dict(value):
+    return (
+        isinstance(value, dict) and value and all(isinstance(part, torch.Tensor) for part in value.values())
+    )
 
 
 def _load_pickle(path):
@@ -109,6 +121,8 @@ def _load_pickle(path):
         # The published training script saved its options as a Namespace, which holds nothing but data:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except PermissionError as error:
+        raise UserError(f"--ckpt {path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # what a file that is no pickle makes the unpickler raise has no common class
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
@@ -140,6 +154,10 @@ def infer_model_config(state, path, model=None):
         mlp_width = state["blocks.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise UserError(f"--ckpt {path}: not the state dict of a DiT (no {error.args[0]})") from error
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"--ckpt {path}: not the state dict of a DiT (tensors of other dimensions)"
+        ) from error
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     known = {
         (build.keywords["depth"], build.keywords["hidden_size"]): build.keywords

@@ -4,13 +4,14 @@ An item is (image, label): float (C, H, W) in [-1, 1], and a class index, 0 wher
 key of an item is (index, mirrored): the order decides the flips, so an item is the same in whichever process
 reads it."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -54,9 +55,7 @@ class FolderImages(Dataset):
         if not os.path.isdir(root):
             raise UserError(f"--data-path {root}: no such folder")
         flat = [entry.path for entry in os.scandir(root) if _is_image(entry)]
-        folders = [
-            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-        ]
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and _is_visible(entry)]
         if flat and folders:
             raise UserError(
                 f"--data-path {root}: holds both images and folders; give one folder a class, or images alone"
@@ -66,7 +65,7 @@ class FolderImages(Dataset):
         self.classes, self.samples = [], [(path, 0) for path in sorted(flat)]
         if folders:
             try:
-                folder = torchvision.datasets.ImageFolder(root)
+                folder = _VisibleFolders(root)
             except FileNotFoundError as error:
                 raise UserError(f"--data-path {root}: {error}".splitlines()[0]) from error
             self.classes, self.samples = folder.classes, folder.samples
@@ -77,11 +76,8 @@ class FolderImages(Dataset):
     def __getitem__(self, key):
         index, mirrored = key
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                image = center_crop_arr(image.convert("RGB"), self.image_size)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise _unreadable(path, error) from error
+        with _naming(path), Image.open(path) as image:
+            image = center_crop_arr(image.convert("RGB"), self.image_size)
         image = _to_tensor(image)
         return image.flip(-1) if mirrored else image, label
 
@@ -90,21 +86,37 @@ class FolderImages(Dataset):
         many."""
         for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), CHECKED_FILES)).astype(int)):
             path = self.samples[i][0]
-            try:
-                with Image.open(path):
-                    pass
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                raise _unreadable(path, error) from error
+            with _naming(path), Image.open(path):
+                pass
+
+
+class _VisibleFolders(torchvision.datasets.ImageFolder):
+    """An ImageFolder that leaves out hidden folders, such as .ipynb_checkpoints."""
+
+    def find_classes(self, directory):
+        classes = sorted(
+            entry.name for entry in os.scandir(directory) if entry.is_dir() and _is_visible(entry)
+        )
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+def _is_visible(entry):
+    return not entry.name.startswith(".")
 
 
 def _is_image(entry):
-    return entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS)
+    return entry.is_file() and _is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
 
 
-def _unreadable(path, error):
-    # Pillow's own message repeats the path:
-    reason = str(error).replace(repr(str(path)), "it").splitlines()[0]
-    return UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})")
+@contextlib.contextmanager
+def _naming(path):
+    """Turn what Pillow's decoders raise for a damaged file, which has no common class, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        # Pillow's own message may repeat the path:
+        reason = (str(error) or type(error).__name__).replace(repr(str(path)), "it").splitlines()[0]
+        raise UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})") from error
 
 
 class ArrayImages(Dataset):
@@ -138,11 +150,17 @@ def load_digits():
         return ArrayImages(images, file["labels"], [str(digit) for digit in range(10)], flips=False)
 
 
-def load_cifar10(root):
-    """The 50,000 training images of CIFAR-10, 32x32, downloaded to root where they are not there yet."""
+def load_cifar10(root, dry_run=False):
+    """The 50,000 training images of CIFAR-10, 32x32, downloaded to root where they are not there yet.
+
+    dry_run: nothing is downloaded; where they are not there, black images stand in for them.
+    """
     from filelock import FileLock
 
     root = root or "data"
+    if dry_run and not os.path.isdir(os.path.join(root, "cifar-10-batches-py")):
+        stand_in = np.broadcast_to(np.zeros((), np.uint8), (50_000, 32, 32, 3))
+        return ArrayImages(stand_in, np.arange(50_000) % 10, [str(i) for i in range(10)], flips=True)
     try:
         os.makedirs(root, exist_ok=True)
         with FileLock(os.path.join(root, ".cifar10.lock")):  # one process downloads, the others wait
@@ -159,8 +177,11 @@ def load_cifar10(root):
 DATASETS = ("folder", "digits", "cifar10")
 
 
-def open_dataset(name, data_path, image_size):
-    """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError."""
+def open_dataset(name, data_path, image_size, dry_run=False):
+    """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError.
+
+    dry_run: download nothing.
+    """
     if name == "folder":
         if not data_path:
             raise UserError("--data-path: required; the folder of images, one subfolder a class")
@@ -168,7 +189,7 @@ def open_dataset(name, data_path, image_size):
     elif name == "digits" and data_path:
         raise UserError(f"--data-path {data_path}: the digits are embedded; leave it out")
     else:
-        dataset = load_digits() if name == "digits" else load_cifar10(data_path)
+        dataset = load_digits() if name == "digits" else load_cifar10(data_path, dry_run)
     if dataset.image_size != image_size:
         raise UserError(
             f"--image-size {image_size}: the images of --dataset {name} have {dataset.image_size} pixels a"

@@ -5,8 +5,9 @@
 The weights are the original authors', under CC BY-NC 4.0; this repository's own licence does not cover them.
 """
 
+import http.client
 import os
-import urllib.error
+import zipfile
 
 from filelock import FileLock
 
@@ -45,8 +46,11 @@ def download_model(name, folder=PRETRAINED_FOLDER, url=None):
         if not os.path.exists(path):
             print(f"Downloading {url} to {path}")
             try:
-                download_url_to_file(url, path)  # writes beside it, then renames
-            except (urllib.error.URLError, OSError) as error:
+                download_url_to_file(url, path + ".part")
+                if not zipfile.is_zipfile(path + ".part"):  # its directory stands at the end
+                    raise OSError("the connection ended early")
+                os.replace(path + ".part", path)
+            except (OSError, http.client.HTTPException) as error:
                 raise UserError(
                     f"{name}: could not be downloaded from {url}; check the network, or put the file at"
                     f" {path} ({error})"

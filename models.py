@@ -64,9 +64,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) to vectors (N, D); in training a share of them becomes the null label `num_classes`,
-
+    """Class labels (N,) to vectors (N, D). In training a share of them becomes the null label `num_classes`,
     which classifier-free guidance (Ho & Salimans, arXiv 2207.12598) reads as "no label".
+
     The table has the null row only where dropout_prob > 0.
     """
 
@@ -210,7 +210,7 @@ class DiT(nn.Module):
     @property
     def null_label(self):
         """The label that stands for "no label", or None where the model knows none."""
-        return self.num_classes if self.num_classes and self.config["class_dropout_prob"] > 0 else None
+        return null_label(self.config)
 
     def initialize_weights(self):
         """Initialise as the paper does; the order of the random draws is part of the contract."""
@@ -269,12 +269,18 @@ class DiT(nn.Module):
         The noise of the first half of x is used for both. Only the first cfg_channels channels are guided,
         as in the published samples; both halves of the result carry the guided prediction.
         """
+        cfg_channels = min(cfg_channels, self.in_channels)  # what lies beyond is the variance
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         guided, rest = out[:, :cfg_channels], out[:, cfg_channels:]
         conditional, unconditional = guided.chunk(2)
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+def null_label(config):
+    """The label that stands for "no label" in a model of this config, or None where it knows none."""
+    return config["num_classes"] if config["num_classes"] and config["class_dropout_prob"] > 0 else None
 
 
 def check_config(config):

@@ -51,9 +51,7 @@ def launch(main, parser):
         # An error from a data-loading worker carries that worker's traceback; its last line is the message.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         parser.error(line)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    leave_group()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,6 +82,19 @@ class Processes:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def on_main(self, call, *args):
+        """What call(*args) gives on the main process, everywhere; a UserError there is one everywhere."""
+        result, mistake = None, None
+        if self.is_main:
+            try:
+                result = call(*args)
+            except UserError as error:
+                mistake = str(error)
+        result, mistake = self.broadcast((result, mistake))
+        if mistake is not None:
+            raise UserError(mistake)
+        return result
+
     def mean(self, value):
         """The mean over all processes of a tensor; every process calls it and gets it."""
         if self.world_size > 1:
@@ -93,7 +104,7 @@ class Processes:
         return value
 
     def assert_same(self, tensors):
-        """Raise RuntimeError unless every process holds these tensors with the same values, bit for bit."""
+        """Raise RuntimeError unless these tensors have the same sums, to the last bit, on every process."""
         if self.world_size == 1:
             return
         sums = torch.stack([tensor.detach().double().sum() for tensor in tensors]).view(torch.int64)
@@ -102,6 +113,12 @@ class Processes:
         dist.all_reduce(high, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise RuntimeError("the processes' weights have drifted apart; nothing was saved")
+
+
+def leave_group():
+    """Leave the other processes, with whom nothing more is to be done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_processes():

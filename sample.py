@@ -2,7 +2,7 @@
 
 From a training run, with nothing to repeat from its command:
 
-    python sample.py --ckpt results/000-DiT-S-2-digits/checkpoints/0001500.pt --class-labels 0 1 2 3
+    python sample.py --ckpt results/000-DiT-S-2-digits/checkpoints/0002000.pt --class-labels 0 1 2 3
 
 From the published weights, fetched on first use:
 
@@ -13,7 +13,7 @@ from autoencoder import add_vae_argument
 from download import PRETRAINED_MODELS
 from models import DiT_models
 from runtime import Parser, UserError, add_precision_argument, launch, set_precision, start_processes
-from sampler import Sampler, add_sampling_arguments, check_labels, check_sampling_options, save_grid
+from sampler import Plan, add_sampling_arguments, check_labels, check_sampling_options, save_grid
 
 # The eight classes of the published picture: golden retriever, otter, red panda, geyser, macaw, valley,
 # balloon, Arctic fox.
@@ -23,11 +23,23 @@ PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 def main(args):
     """Sample images into sample.png."""
     # Check the options:
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: must be 0 or more, below 2^63")
     check_sampling_options(args.cfg_scale, args.num_sampling_steps)
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
+    if args.dry_run and args.ckpt in PRETRAINED_MODELS:
+        print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
+        return
+    plan = Plan(
+        args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
+        num_classes=args.num_classes, vae=args.vae,
+    )  # fmt: skip
+    num_classes = plan.model_config["num_classes"]
+    labels = args.class_labels or default_labels(num_classes)
+    plan.check(
+        args.class_labels, cfg_scale=args.cfg_scale, steps=args.num_sampling_steps, sampler=args.sampler
+    )
     if args.dry_run:
         print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
         return
@@ -35,22 +47,15 @@ def main(args):
     # Load the model:
     processes = start_processes()
     set_precision(args.precision, processes.device)
-    sampler = Sampler.from_checkpoint(
-        args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
-        num_classes=args.num_classes, vae=args.vae, device=processes.device,
-    )  # fmt: skip
+    sampler = plan.build(processes.device)
 
     # Sample:
-    labels = args.class_labels or default_labels(sampler.model.num_classes)
     images = sampler.sample(
         labels, seeds=args.seed, cfg_scale=args.cfg_scale, steps=args.num_sampling_steps,
         sampler=args.sampler, progress=True,
     )  # fmt: skip
     save_grid(images, "sample.png", nrow=4)
-    print(
-        f"Saved {len(images)} samples to sample.png"
-        + (f", labels {labels}" if sampler.model.num_classes else "")
-    )
+    print(f"Saved {len(images)} samples to sample.png" + (f", labels {labels}" if num_classes else ""))
 
 
 def published_checkpoint(args):

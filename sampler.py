@@ -1,6 +1,6 @@
 """From labels and seeds to images: the one path that every command, and anyone who imports it, samples by.
 
-    sampler = Sampler.from_checkpoint("results/000-DiT-S-2-digits/checkpoints/0001500.pt")
+    sampler = Sampler.from_checkpoint("results/000-DiT-S-2-digits/checkpoints/0002000.pt")
     images = sampler.sample([3, 1, 4])                  # (3, C, H, W) in [0, 1]
     images = sampler.sample_each_class(10, cfg_scale=2.0)
 
@@ -11,14 +11,16 @@ drawn in this order, on the CPU. So an image depends on its seed alone, not on i
 
 import math
 import os
+from numbers import Integral
 
 import torch
 from tqdm.auto import tqdm
 
 import checkpoint
-from autoencoder import Pixels, load_autoencoder
+from autoencoder import Pixels, describe_vae, load_autoencoder
 from diffusion import SAMPLERS, Guidance, create_diffusion, create_process, space_timesteps
 from download import find_file
+from models import null_label
 from runtime import UserError, blame
 
 # How the published scripts sample, where neither the caller nor the checkpoint says otherwise:
@@ -61,38 +63,16 @@ class Sampler:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.process = process or create_diffusion(None, learn_sigma=model.learn_sigma)
-        self.autoencoder = autoencoder or Pixels(model.in_channels)
+        self.autoencoder = (autoencoder or Pixels(model.in_channels)).to(self.device)
         self.defaults = {**DEFAULTS, **(defaults or {})}
 
     @classmethod
-    def from_checkpoint(
-        cls, path, *, weights="ema", model=None, image_size=None, num_classes=None, vae=None, device=None
-    ):
+    def from_checkpoint(cls, path, *, device=None, **options):
         """The sampler of a checkpoint file, or of published weights by name ("DiT-XL-2-256x256.pt").
 
-        weights                          "ema" or "raw"
-        model, image_size, num_classes   what the caller holds it to be; None leaves it to the checkpoint
-        vae                              another autoencoder than the checkpoint's, see load_autoencoder
+        Options: weights, model, image_size, num_classes, vae; see Plan.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        path = find_file(path)
-        found = checkpoint.load(path)
-        vae_config = found.config.get("autoencoder", {})
-        config = found.model_config(
-            model=model, image_size=image_size, num_classes=num_classes, factor=vae_config.get("factor", 8)
-            if vae_config.get("vae") != "none" else 1,
-        )  # fmt: skip
-        network = checkpoint.build_model(config, found.state_dict(weights), path)
-        process = create_process(found.config.get("process", dict(learn_sigma=config["learn_sigma"])))
-        autoencoder = load_autoencoder(
-            vae or vae_config.get("vae", "ema"), device, image_channels=config["in_channels"]
-        )
-        if autoencoder.channels != config["in_channels"]:
-            raise UserError(
-                f"--vae {vae}: its latents have {autoencoder.channels} channels,"
-                f" {path} takes {config['in_channels']}"
-            )
-        return cls(network, process, autoencoder, device, found.config.get("sampling"))
+        return Plan(path, **options).build(device)
 
     def sample(
         self,
@@ -114,22 +94,25 @@ class Sampler:
         sampler       "ddpm" or "ddim"
         batch_size    images at a time; does not change them
         progress      show a bar
-        Raises ValueError for anything out of range.
+        Raises UserError, a ValueError, for anything out of range.
         """
-        labels = None if isinstance(n_or_labels, int) else [int(label) for label in n_or_labels]
-        count = n_or_labels if labels is None else len(labels)
+        labels = None if isinstance(n_or_labels, Integral) else [int(label) for label in n_or_labels]
+        count = int(n_or_labels) if labels is None else len(labels)
         if count < 1:
             raise UserError(f"{count} samples: ask for at least 1")
-        seeds = (
-            range(seeds or 0, (seeds or 0) + count)
-            if seeds is None or isinstance(seeds, int)
-            else list(seeds)
-        )
+        first = 0 if seeds is None else seeds
+        seeds = range(first, first + count) if isinstance(first, Integral) else list(seeds)
         if len(seeds) != count:
             raise UserError(f"{len(seeds)} seeds for {count} samples: give as many, or the first one")
-        if labels is not None:
-            check_labels(labels, self.model.num_classes)
-        cfg_scale, steps, sampler = self.settle(cfg_scale, steps, sampler)
+        cfg_scale, steps, sampler = settle_request(
+            self.model.config,
+            self.process.original_num_steps,
+            self.defaults,
+            labels,
+            cfg_scale,
+            steps,
+            sampler,
+        )
         images, batches = [], math.ceil(count / batch_size)
         process = self.process.respaced(steps)
         with tqdm(
@@ -150,25 +133,6 @@ class Sampler:
             raise UserError("sample_each_class: this model is unconditional; use sample(n)")
         return self.sample([label for label in classes for _ in range(n_per_class)], **options)
 
-    def settle(self, cfg_scale=None, steps=None, sampler=None):
-        """What (cfg_scale, steps, sampler) come to with the defaults; UserError for what cannot be done."""
-        model = self.model
-        if cfg_scale not in (None, 1) and model.null_label is None:
-            why = "was trained without label dropout" if model.num_classes else "is unconditional"
-            raise UserError(
-                f"--cfg-scale {cfg_scale}: this model {why}, so there is nothing to guide; leave it out"
-            )
-        if cfg_scale is None:
-            cfg_scale = self.defaults["cfg_scale"] if model.null_label is not None else 1.0
-        steps, sampler = (
-            self.defaults["steps"] if steps is None else steps,
-            sampler or self.defaults["sampler"],
-        )
-        if sampler not in SAMPLERS:
-            raise UserError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
-        check_sampling_options(cfg_scale, steps, self.process.original_num_steps)
-        return cfg_scale, steps, sampler
-
     def _sample_batch(self, process, seeds, labels, cfg_scale, sampler, callback):
         model, noise = self.model, SampleNoise(seeds)
         model_kwargs, guidance = {}, None
@@ -185,6 +149,83 @@ class Sampler:
             model, z, sampler=sampler, model_kwargs=model_kwargs, guidance=guidance,
             randn_like=noise.randn_like, clip_denoised=self.autoencoder.clip_denoised, callback=callback,
         )  # fmt: skip
+
+
+class Plan:
+    """A checkpoint of which only the small parts are read, so that requests can be checked before any work.
+
+    weights                          "ema" or "raw"
+    model, image_size, num_classes   what the caller holds it to be; None leaves it to the checkpoint
+    vae                              another autoencoder than the checkpoint's, see load_autoencoder
+    default_vae                      for a checkpoint that names none
+    Raises UserError where the checkpoint is none, or another than the caller holds it to be.
+    """
+
+    def __init__(
+        self,
+        path,
+        *,
+        weights="ema",
+        model=None,
+        image_size=None,
+        num_classes=None,
+        vae=None,
+        default_vae="mse",
+    ):
+        self.path, self.weights = find_file(path), weights
+        self.checkpoint = checkpoint.load(self.path)
+        kept = self.checkpoint.config
+        self.vae = vae or kept.get("autoencoder", {}).get("vae") or default_vae
+        # How many channels the images have shows in the model alone where there is no VAE:
+        channels, factor, _ = describe_vae(self.vae, image_channels=None)
+        self.model_config = self.checkpoint.model_config(
+            model=model, image_size=image_size, num_classes=num_classes, factor=factor
+        )
+        in_channels = self.model_config["in_channels"]
+        if channels not in (None, in_channels):
+            raise UserError(
+                f"--vae {self.vae}: its latents have {channels} channels, {self.path} takes {in_channels};"
+                " give the one it was trained with, or none for pixels"
+            )
+        self.process = create_process(kept.get("process", dict(learn_sigma=self.model_config["learn_sigma"])))
+        self.defaults = {**DEFAULTS, **kept.get("sampling", {})}
+
+    def check(self, labels=None, cfg_scale=None, steps=None, sampler=None):
+        """Raise UserError for a request that this checkpoint cannot serve."""
+        num_timesteps = self.process.original_num_steps
+        settle_request(self.model_config, num_timesteps, self.defaults, labels, cfg_scale, steps, sampler)
+
+    def build(self, device=None):
+        """The Sampler, with all weights loaded."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network = checkpoint.build_model(
+            self.model_config, self.checkpoint.state_dict(self.weights), self.path
+        )
+        autoencoder = load_autoencoder(self.vae, device, image_channels=network.in_channels)
+        return Sampler(network, self.process, autoencoder, device, self.defaults)
+
+
+def settle_request(
+    model_config, num_timesteps, defaults, labels=None, cfg_scale=None, steps=None, sampler=None
+):
+    """What (cfg_scale, steps, sampler) come to with the defaults; UserError for what a model cannot do."""
+    null, num_classes = null_label(model_config), model_config["num_classes"]
+    if labels is not None:
+        check_labels(labels, num_classes)
+    if cfg_scale not in (None, 1) and null is None:
+        why = "was trained without label dropout" if num_classes else "is unconditional"
+        raise UserError(
+            f"--cfg-scale {cfg_scale}: this model {why}, so there is nothing to guide; leave it out"
+        )
+    if cfg_scale is None:
+        cfg_scale = defaults["cfg_scale"] if null is not None else 1.0
+    if steps is None:
+        steps = defaults["steps"]
+    sampler = sampler or defaults["sampler"]
+    if sampler not in SAMPLERS:
+        raise UserError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
+    check_sampling_options(cfg_scale, steps, num_timesteps)
+    return cfg_scale, steps, sampler
 
 
 def check_labels(labels, num_classes):

@@ -19,6 +19,7 @@ samples. A global batch is the same, and trains the same, however many processes
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,7 @@ from runtime import (
     create_logger,
     generator_for,
     launch,
+    leave_group,
     set_precision,
     start_processes,
 )
@@ -83,7 +85,7 @@ def main(args):
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
         )
-    dataset = open_dataset(args.dataset, args.data_path, args.image_size)
+    dataset = open_dataset(args.dataset, args.data_path, args.image_size, args.dry_run)
     check_data(args, dataset)
     model_config = configure_model(args, dataset)
     process = create_process(
@@ -102,7 +104,7 @@ def main(args):
     autoencoder = load_autoencoder(args.vae, device, dataset.channels)
 
     # Make the run's folder:
-    folder = processes.broadcast(create_run_folder(args) if processes.is_main else None)
+    folder = processes.on_main(create_run_folder, args)
     logger = create_logger(folder, enabled=processes.is_main)
     logger.info(f"Experiment directory created at {folder}")
 
@@ -154,7 +156,7 @@ def main(args):
     bar = tqdm(batches, desc="Training", unit="step", disable=not processes.is_main, dynamic_ncols=True)
     for step, (images, labels) in enumerate(bar, start=1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        draws = draw_step(args, step, processes, autoencoder, timestep_sampler, model)
+        draws = draw_step(args, step, processes, timestep_sampler, model)
         x_start = autoencoder.encode(images, draws["posterior"])
         model_kwargs = dict(y=labels, force_drop_ids=draws["drop"]) if model.num_classes else {}
         terms = process.training_losses(parallel, x_start, draws["t"], model_kwargs, noise=draws["noise"])
@@ -177,19 +179,16 @@ def main(args):
             save(step)
     bar.close()
     path = save(len(order))
+    leave_group()
 
     # Sample:
     if processes.is_main:
         picture = os.path.join(folder, "samples", f"{len(order):07d}.png")
-        sample_grid(
-            Sampler(ema, process, autoencoder, device, sampling_defaults(args)), picture, args.global_seed
-        )
+        sampler = Sampler(ema, process, autoencoder, device, sampling_defaults(args))
+        rows = sample_grid(sampler, picture, args.global_seed)
+        logger.info(f"Samples{rows}: {picture}")
         labels = " --class-labels 0 1 2 3 4 5 6 7 8 9" if model.num_classes == 10 else ""
-        logger.info(
-            f"Samples of every class (rows): {picture}" if model.num_classes else f"Samples: {picture}"
-        )
         logger.info(f"More of them: python sample.py --ckpt {path}{labels}")
-    processes.barrier()
     logger.info("Done!")
 
 
@@ -197,23 +196,23 @@ def main(args):
 # Steps of a run
 
 
-def draw_step(args, step, processes, autoencoder, timestep_sampler, model):
+def draw_step(args, step, processes, timestep_sampler, model):
     """All that is random in a step, for this process's rows: posterior, t, weights, noise and drop.
 
     Drawn for the whole global batch from (seed, step), then cut: the same rows get the same draws however
-    many processes there are, and a resumed run needs no generator's state."""
+    many processes there are, and a resumed run needs no generator's state.
+    """
     n, device = args.global_batch_size, processes.device
     generator = generator_for(device, args.global_seed, STEP, step)
     shape = (n, model.in_channels, *model.input_size)
-    draws = {}
-    if not autoencoder.clip_denoised:
-        draws["posterior"] = torch.randn(shape, device=device, generator=generator)
-    draws["t"], draws["weights"] = timestep_sampler.sample(n, device, generator)
-    draws["noise"] = torch.randn(shape, device=device, generator=generator)
-    draws["drop"] = torch.rand(n, device=device, generator=generator) < args.class_dropout_prob
+    posterior = torch.randn(shape, device=device, generator=generator)
+    t, weights = timestep_sampler.sample(n, device, generator)
+    noise = torch.randn(shape, device=device, generator=generator)
+    drop = torch.rand(n, device=device, generator=generator) < args.class_dropout_prob
     share = n // processes.world_size
     rows = slice(processes.rank * share, (processes.rank + 1) * share)
-    return {"posterior": None, **{name: values[rows] for name, values in draws.items()}}
+    draws = dict(posterior=posterior, t=t, weights=weights, noise=noise, drop=drop)
+    return {name: values[rows] for name, values in draws.items()}
 
 
 @torch.no_grad()
@@ -260,14 +259,16 @@ def report(means, step, folder, logger, bar, is_main):
 
 
 def sample_grid(sampler, path, seed):
-    """Write a PNG of samples: a row a class (of at most ten classes, evenly spread), or rows of any."""
+    """Write a PNG of samples, a row a class of at most ten, evenly spread; returns in words what its rows
+    are."""
     classes = sampler.model.num_classes
     if classes:
-        shown = sorted({round(i * (classes - 1) / 9) for i in range(10)}) if classes > 1 else [0]
+        shown = sorted({round(i * (classes - 1) / 9) for i in range(10)})
         images = sampler.sample_each_class(10, shown, seeds=seed, progress=True)
     else:
-        images = sampler.sample(40, seeds=seed, progress=True)
+        shown, images = [], sampler.sample(40, seeds=seed, progress=True)
     save_grid(images, path, nrow=10)
+    return f" of classes {', '.join(map(str, shown))} (rows)" if classes else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,8 +279,9 @@ def check_options(args):
     """Raise UserError for numbers out of range, before any work."""
     for name in ("image_size", "epochs", "global_batch_size", "log_every", "ckpt_every"):
         _require(args, name, getattr(args, name) >= 1, "must be at least 1")
-    for name in ("weight_decay", "warmup_steps", "num_workers", "global_seed"):
+    for name in ("weight_decay", "warmup_steps", "num_workers"):
         _require(args, name, getattr(args, name) >= 0, "must be 0 or more")
+    _require(args, "global_seed", 0 <= args.global_seed < 2**63, "must be 0 or more, below 2^63")
     _require(args, "max_steps", args.max_steps is None or args.max_steps >= 1, "must be at least 1")
     _require(args, "num_classes", args.num_classes is None or args.num_classes >= 0, "must be 0 or more")
     _require(args, "lr", args.lr > 0, "must be more than 0")
@@ -305,10 +307,11 @@ def check_data(args, dataset):
         )
     if 0 < args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
-    if args.num_classes == 0 and args.cfg_scale not in (None, 1):
-        raise UserError(
-            f"--cfg-scale {args.cfg_scale}: an unconditional model has nothing to guide; leave it out"
-        )
+    if args.num_classes == 0 or args.class_dropout_prob == 0:
+        if "cfg_scale" in args.by_hand and args.cfg_scale != 1:
+            why = "without label dropout" if args.num_classes else "in an unconditional model"
+            raise UserError(f"--cfg-scale {args.cfg_scale}: {why} there is nothing to guide; leave it out")
+        args.cfg_scale = 1.0
     if len(dataset) < args.global_batch_size:
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: the data set has {len(dataset)} images,"
@@ -354,15 +357,20 @@ def create_run_folder(args):
         taken = [
             int(found[0]) for found in map(re.compile(r"\d+").match, os.listdir(args.results_dir)) if found
         ]
-        number = max(taken, default=-1) + 1
-        folder = os.path.join(args.results_dir, f"{number:03d}-{name}")
-        os.makedirs(os.path.join(folder, "checkpoints"))
+        for number in itertools.count(max(taken, default=-1) + 1):
+            folder = os.path.join(args.results_dir, f"{number:03d}-{name}")
+            try:
+                os.mkdir(folder)
+                break
+            except FileExistsError:  # another run, started at the same moment
+                continue
+        os.mkdir(os.path.join(folder, "checkpoints"))
+        with open(os.path.join(folder, "args.json"), "w") as file:
+            json.dump(vars(args), file, indent=2)
     except OSError as error:
         raise UserError(
             f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
         ) from error
-    with open(os.path.join(folder, "args.json"), "w") as file:
-        json.dump(vars(args), file, indent=2)
     return folder
 
 
@@ -474,13 +482,20 @@ def build_parser():
 
 
 class PresetParser(Parser):
-    """A parser whose --preset sets the defaults of the other options."""
+    """A parser whose --preset sets the other options' defaults; `by_hand` in its result names those given."""
 
     def parse_args(self, args=None, namespace=None):
-        found = super().parse_args(args, namespace)
-        # What a namespace already holds, argparse takes for the default:
-        preset = argparse.Namespace(**PRESETS[found.preset]) if found.preset else None
-        return super().parse_args(args, preset) if preset else found
+        found = super().parse_args(args)
+        # What a namespace already holds, argparse takes for the default; here a mark of what was not given:
+        marked = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(found), self)))
+        by_hand = sorted(name for name, value in vars(marked).items() if value is not self)
+        preset = dict(PRESETS[found.preset]) if found.preset else {}
+        if "epochs" in by_hand:
+            preset.pop("max_steps", None)
+        if "model" in by_hand:  # whose sizes the preset may have changed
+            for name in ("depth", "hidden_size", "num_heads", "patch_size"):
+                preset.pop(name, None)
+        return super().parse_args(args, argparse.Namespace(**preset, by_hand=by_hand))
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ class GaussianDiffusion:
             raise ValueError(
                 f"betas must be 1-D, in (0, 1]: got {betas.shape} from {betas.min()} to {betas.max()}"
             )
-        self.num_timesteps = len(betas)
+        self.num_timesteps = self.original_num_steps = len(betas)
         self.timestep_map = np.arange(len(betas)) if timestep_map is None else np.array(timestep_map)
 
-        self.betas = betas
+        self.betas = self.original_betas = betas
         alphas = 1.0 - betas
         self.alphas_cumprod = np.cumprod(alphas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
@@ -146,6 +146,19 @@ class GaussianDiffusion:
             ModelVarType.FIXED_SMALL: (self.posterior_variance, self.posterior_log_variance_clipped),
         }
         self._on_device = {}
+
+    def respaced(self, spec):
+        """The same process over other steps of the original schedule: a spacing, see space_timesteps."""
+        from .respace import SpacedDiffusion, space_timesteps  # which builds on this class
+
+        return SpacedDiffusion(
+            space_timesteps(self.original_num_steps, spec),
+            betas=self.original_betas,
+            model_mean_type=self.model_mean_type,
+            model_var_type=self.model_var_type,
+            loss_type=self.loss_type,
+            config=self.config,
+        )
 
     @property
     def learns_variance(self):

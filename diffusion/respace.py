@@ -1,5 +1,7 @@
 """Diffusion over a subset of the steps (improved DDPM, arXiv 2102.09672, section 4)."""
 
+import operator
+
 import numpy as np
 
 from .gaussian_diffusion import GaussianDiffusion
@@ -25,7 +27,10 @@ def space_timesteps(num_timesteps, section_counts):
                 f"{spec!r} is not a number of steps: give a number as 250, numbers as 10,15,20, or ddim50"
             ) from None
     else:
-        counts = [int(spec)] if np.isscalar(spec) else [int(count) for count in spec]
+        try:
+            counts = [operator.index(count) for count in ([spec] if np.isscalar(spec) else spec)]
+        except TypeError:
+            raise ValueError(f"{spec!r} is not a whole number of steps") from None
     if any(count < 0 for count in counts) or sum(counts) < 1:
         raise ValueError(f"{spec!r} steps: there must be at least 1")
 
@@ -77,14 +82,3 @@ class SpacedDiffusion(GaussianDiffusion):
         new_betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         super().__init__(betas=new_betas, timestep_map=kept, **kwargs)
         self.use_timesteps, self.original_num_steps, self.original_betas = set(kept), len(betas), betas
-
-    def respaced(self, spec):
-        """The same process over other steps of the original schedule: a spacing, see space_timesteps."""
-        return SpacedDiffusion(
-            space_timesteps(self.original_num_steps, spec),
-            betas=self.original_betas,
-            model_mean_type=self.model_mean_type,
-            model_var_type=self.model_var_type,
-            loss_type=self.loss_type,
-            config=self.config,
-        )

@@ -1,12 +1,17 @@
 """What several test files share: the rule that makes the goldens' weights and inputs, and small models."""
 
+import os
 import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+# The tests are the CPU's, those marked gpu aside (python -m pytest -m gpu); set before torch looks:
+if "gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

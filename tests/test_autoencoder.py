@@ -65,27 +65,44 @@ def test_pixels_are_left_alone():
     assert pixels.encode(images, None) is images and pixels.decode(images) is images
 
 
-@pytest.mark.parametrize("break_it", ["empty", "weights", "config"])
+@pytest.mark.parametrize("break_it", ["empty", "weights", "config", "another model"])
 def test_folders_that_are_no_vae(tmp_path, break_it):
+    folder = tmp_path / "vae"
     if break_it == "empty":
-        (tmp_path / "vae").mkdir()
+        folder.mkdir()
     else:
-        save_vae(tmp_path / "vae")
-        name = dict(weights="diffusion_pytorch_model.safetensors", config="config.json")[break_it]
-        (tmp_path / "vae" / name).write_bytes(b"junk")
-    with pytest.raises(UserError, match="--vae .*vae: ") as refused:
-        load_autoencoder(str(tmp_path / "vae"), CPU)
-    assert "\n" not in str(refused.value)
+        save_vae(folder)
+        name = "diffusion_pytorch_model.safetensors" if break_it == "weights" else "config.json"
+        (folder / name).write_text(json.dumps(dict(hidden=3)) if break_it == "another model" else "junk")
+    calls = dict(
+        load=lambda: load_autoencoder(str(folder), CPU), describe=lambda: describe_vae(str(folder), 3)
+    )
+    if break_it == "weights":
+        del calls["describe"]  # which reads the config alone
+    if break_it == "another model":
+        del calls["load"]  # diffusers fills in what the config lacks
+    for call in calls.values():
+        with pytest.raises(UserError, match="--vae .*vae: ") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_vae("vae")
+    config = load_autoencoder("vae", CPU).config
+    monkeypatch.chdir("/")
+    assert load_autoencoder(config["vae"], CPU).config == config
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for name in ("ema", "someone/some-vae"):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for call in (lambda: load_autoencoder("ema", CPU), lambda: describe_vae("someone/some-vae", 3)):
         with pytest.raises(UserError, match="cannot be loaded; check the name and the network") as refused:
-            load_autoencoder(name, CPU)
+            call()
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="--vae ./nowhere: no such folder; give ema, mse"):
         load_autoencoder("./nowhere", CPU)

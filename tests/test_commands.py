@@ -8,10 +8,12 @@ import sys
 import tomllib
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from test_data import write_image
 
+from models import DiT, DiT_models
 from runtime import launch
 
 COMMANDS = sorted(
@@ -59,21 +61,34 @@ def test_readme_has_the_commands():
         assert expected in found
 
 
+def write_checkpoint(path, **config):
+    """A checkpoint of the right shapes whose tensors are one number, repeated without taking space."""
+    with torch.device("meta"):
+        model = DiT(**config)
+    state = {key: torch.zeros(1).expand(value.shape) for key, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = dict(vae="none", factor=1) if model.in_channels == 1 else {}
+    torch.save(dict(ema=state, config=dict(model=model.config, autoencoder=pixels)), path)
+
+
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
-    """With a folder of as many images as a batch in place of the reader's own."""
+    """With as many images as a batch, and checkpoints, where the reader would have them."""
     monkeypatch.chdir(tmp_path)
     for i in range(256):
         write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", size=(4, 4), seed=i)
+    write_checkpoint(tmp_path / "model.pt", **DiT_models["DiT-XL/2"].keywords)
+    digits = dict(input_size=8, in_channels=1, hidden_size=64, depth=2, num_heads=4, num_classes=10)
+    write_checkpoint(tmp_path / "results/000-DiT-S-2-digits/checkpoints/0002000.pt", **digits)
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if word in ("train.py", "sample.py"))
-    argv = ["images" if word.startswith("/path/to/") else word for word in words[script + 1 :]]
-    if "cifar10" in " ".join(argv):
-        pytest.skip("CIFAR-10 would be downloaded")
+    here = {"/path/to/imagenet/train": "images", "/path/to/images": "images", "/path/to/model.pt": "model.pt"}
+    argv = [here.get(word, word) for word in words[script + 1 :]]
     module = importlib.import_module(words[script].removesuffix(".py"))
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", [words[script], *argv, "--dry-run"])
     launch(module.main, module.build_parser())
-    assert "nothing was written" in capsys.readouterr().out
+    assert "nothing was written" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
 
 
 def test_conda_environment_is_the_same_list():

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import rule_input
+from conftest import build_tiny, load_rule_weights, rule_input
 
 from diffusion import Guidance, create_diffusion, create_process
 from diffusion.diffusion_utils import (
@@ -139,6 +139,14 @@ def test_guidance_is_forward_with_cfg(tiny):
     x, t, y = rule_input("z", 4, 4, 8, 8), torch.full((4,), 333), torch.tensor([0, 3, 9, 5])
     published = tiny.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y * 0 + 10]), 1.5)
     assert torch.equal(Guidance(1.5, 10, channels=3).wrap(tiny)(x, t, y), published[:4])
+
+
+def test_guidance_of_one_channel_leaves_its_variance():
+    model = load_rule_weights(build_tiny(in_channels=1), 0.1).eval()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.full((2,), 333), torch.tensor([3, 5])
+    published = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y * 0 + 10]), 4.0)
+    assert torch.equal(Guidance(4.0, 10).wrap(model)(x, t, y), published[:2])
+    torch.testing.assert_close(published[:2, 1:], model(x, t, y)[:, 1:], atol=1e-5, rtol=1e-5)
 
 
 def test_condition_functions_shift_the_mean():
@@ -414,6 +422,8 @@ def test_sample_reports_every_step(tiny):
     )
     assert [(s["i"], s["t"]) for s in seen] == [(1, 800), (2, 600), (3, 400), (4, 200), (5, 0)]
     assert torch.equal(seen[-1]["x"], x) and seen[0]["pred_xstart"].shape == x.shape
+    with pytest.raises(ValueError, match="2.9 is not a whole number of steps"):
+        diffusion.respaced(2.9)
     with pytest.raises(ValueError, match="sampler 'magic': choose one of ddpm, ddim"):
         diffusion.sample(tiny, z, sampler="magic")
 

@@ -109,7 +109,9 @@ def test_presets():
     parse = train.build_parser().parse_args
     assert parse(["--preset", "digits"]).dataset == "digits"
     by_hand = parse(["--lr", "0.5", "--preset", "digits"])
-    assert by_hand.lr == 0.5 and by_hand.image_size == 8
+    assert by_hand.lr == 0.5 and by_hand.image_size == 8 and by_hand.by_hand == ["lr", "preset"]
+    assert parse(["--preset", "digits", "--epochs", "5"]).max_steps is None  # which would overrule it
+    assert parse(["--preset", "digits", "--model", "DiT-B/4"]).depth is None  # of another model
     official = parse(["--data-path", "x"])
     defaults = dict(
         results_dir="results", model="DiT-XL/2", image_size=256, epochs=1400, global_batch_size=256,
@@ -140,10 +142,9 @@ def test_ema():
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("timesteps", ["uniform", "loss-second-moment"])
-def test_two_processes_train_as_one(tmp_path, timesteps):
+def test_two_processes_train_as_one(tmp_path):
     """Same losses over 30 steps, and in the end the same weights on both ranks and as one process has."""
-    argv = [*SMALL, "--max-steps", 30, "--timestep-sampler", timesteps, "--results-dir"]
+    argv = [*SMALL, "--max-steps", 30, "--results-dir"]
     run(*argv, tmp_path / "one")
     torchrun(2, tmp_path, *argv, tmp_path / "two")  # saving asserts that the ranks agree
     one, two = (tmp_path / name / "000-DiT-S-2" for name in ("one", "two"))
@@ -160,6 +161,19 @@ def test_learned_timesteps_are_kept(tmp_path):
     run(*SMALL, "--max-steps", 2, "--timestep-sampler", "loss-second-moment", "--results-dir", tmp_path)
     contents = checkpoint.load(str(tmp_path / "000-DiT-S-2" / "checkpoints" / "0000002.pt")).contents
     assert contents["timestep_sampler"]["counts"].sum() == 32
+
+
+def test_presets_without_classes(tmp_path, capsys):
+    """The preset's guidance is not held against a model that cannot be guided."""
+    run("--preset", "digits", "--num-classes", 0, "--dry-run")
+    run("--preset", "digits", "--class-dropout-prob", 0, "--dry-run")
+    assert capsys.readouterr().out.count("nothing was written") == 2
+
+
+def test_two_runs_at_once_get_two_folders(tmp_path, monkeypatch):
+    args = train.build_parser().parse_args([*SMALL, "--results-dir", str(tmp_path)])
+    monkeypatch.setattr(os, "listdir", lambda path: [])  # both look before either has made its folder
+    assert [os.path.basename(train.create_run_folder(args)) for _ in "ab"] == ["000-DiT-S-2", "001-DiT-S-2"]
 
 
 def test_unconditional_training_from_a_flat_folder(tmp_path):
@@ -215,7 +229,7 @@ PIXELS = "--data-path images --vae none --image-size 8 --global-batch-size 2 --m
         ("--data-path flat --num-classes 5", "--num-classes 5: flat is a flat folder, without classes"),
         (
             "--data-path flat --cfg-scale 2 --global-batch-size 1",
-            "--cfg-scale 2.0: an unconditional model has nothing",
+            "--cfg-scale 2.0: in an unconditional model there",
         ),
         ("--dataset digits", "--image-size 256: the images of --dataset digits have 8 pixels a side"),
         ("--preset digits --vae ema", "--vae ema: takes images of 3 channels, these have 1; give --vae none"),
@@ -228,6 +242,11 @@ PIXELS = "--data-path images --vae none --image-size 8 --global-batch-size 2 --m
             f"{PIXELS} --hidden-size 100",
             "--model DiT-S/2: hidden_size 100: must be divisible by 4 and by num_heads 6",
         ),
+        (
+            f"{PIXELS} --class-dropout-prob 0 --cfg-scale 2",
+            "--cfg-scale 2.0: without label dropout there is nothing",
+        ),
+        (f"{PIXELS} --global-seed {2**64}", "must be 0 or more, below 2^63"),
         (f"{PIXELS} --lr 0", "--lr 0.0: must be more than 0"),
         (f"{PIXELS} --ema-decay 1.5", "--ema-decay 1.5: must be in [0, 1)"),
         (f"{PIXELS} --max-steps 0", "--max-steps 0: must be at least 1"),

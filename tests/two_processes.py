@@ -2,14 +2,16 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
 from diffusion.timestep_sampler import LossSecondMomentResampler  # noqa: E402
-from runtime import start_processes  # noqa: E402
+from runtime import Processes, UserError, start_processes  # noqa: E402
 
 processes = start_processes()
 rank = processes.rank
@@ -35,6 +37,23 @@ else:
 weights = sampler.weights()
 assert abs(weights[3] / weights[0] - 4) < 0.02, weights
 processes.assert_same([weights])
+
+# A learned distribution past its warm-up: the ranks' draws are the halves of what one process draws.
+model, args = SimpleNamespace(in_channels=1, input_size=(4, 4)), SimpleNamespace()
+args.global_batch_size, args.global_seed, args.class_dropout_prob = 64, 5, 0.1
+alone = train.draw_step(args, 7, Processes(0, 1, processes.device), sampler, model)
+mine = train.draw_step(args, 7, processes, sampler, model)
+for name, values in alone.items():
+    assert torch.equal(mine[name], values[32 * rank : 32 * rank + 32]), name
+assert len(alone["weights"].unique()) > 1 and 0 < alone["drop"].sum() < 20
+
+# A mistake on the main process is everyone's:
+try:
+    processes.on_main(train.create_run_folder, SimpleNamespace(model="x", preset=None, results_dir=__file__))
+except UserError as error:
+    assert "cannot be written to" in str(error)
+else:
+    raise AssertionError("the other process went on")
 
 torch.distributed.destroy_process_group()
 print(f"rank {rank} is content")
