@@ -37,31 +37,55 @@ class Pixels:
 
 
 class VAE:
-    """A diffusers AutoencoderKL, frozen; latents are (latent - shift) * scale, about unit variance."""
+    """A diffusers AutoencoderKL, frozen; latents are (latent - shift) * scale, about unit variance.
+
+    config, as `config` of another one gave it, stands in for the file's: the weights are then read on first
+    use."""
 
     clip_denoised = False
 
-    def __init__(self, name):
-        self.model = _load_autoencoder_kl(name).eval().requires_grad_(False)
-        config = self.model.config
-        self.channels, self.image_channels = config.latent_channels, config.in_channels
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.scale = float(config.get("scaling_factor") or SD_SCALE)
-        self.shift = float(config.get("shift_factor") or 0.0)
+    def __init__(self, name, config=None):
+        self.name, self.device, self._model = name, torch.device("cpu"), None
+        if config is None:
+            found = self.model.config
+            config = dict(
+                channels=found.latent_channels,
+                factor=2 ** (len(found.block_out_channels) - 1),
+                scale=float(found.get("scaling_factor") or SD_SCALE),
+                shift=float(found.get("shift_factor") or 0.0),
+            )
+        self.channels, self.factor = config["channels"], config["factor"]
+        self.scale, self.shift = config["scale"], config["shift"]
         self.config = dict(
             vae=name, channels=self.channels, factor=self.factor, scale=self.scale, shift=self.shift
         )
 
+    @property
+    def model(self):
+        if self._model is None:
+            self._model = _load_autoencoder_kl(self.name).eval().requires_grad_(False).to(self.device)
+        return self._model
+
     def to(self, device):
-        self.model.to(device)
+        self.device = torch.device(device)
+        if self._model is not None:
+            self._model.to(device)
         return self
 
     @torch.no_grad()
-    def encode(self, images, noise):
-        """Latents (N, channels, H/factor, W/factor), drawn from the posterior of each image with this
-        noise."""
+    def moments(self, images):
+        """Mean and log-variance, (N, 2 channels, H/factor, W/factor), of the posterior of each image."""
         posterior = self.model.encode(images).latent_dist
-        return (posterior.mean + posterior.std * noise - self.shift) * self.scale
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def draw(self, moments, noise):
+        """Latents (N, channels, h, w) drawn from posteriors (N, 2 channels, h, w) with this noise."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return (mean + torch.exp(0.5 * logvar) * noise - self.shift) * self.scale
+
+    def encode(self, images, noise):
+        """Latents (N, channels, H/factor, W/factor), drawn from each image's posterior with this noise."""
+        return self.draw(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, x):

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass, field
 
@@ -26,7 +27,10 @@ from runtime import UserError
 
 def save(path, contents):
     """Write a dict of tensors and plain data; the file is either complete or not there, also after a power
-    cut."""
+    cut.
+
+    Raises UserError where it cannot be written, a full disk say; what was there before still stands.
+    """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -34,15 +38,43 @@ def save(path, contents):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: could not be written ({reason}); earlier checkpoints stand; make room and run the same"
+            " command again"
+        ) from error
+
+
+def numbered(folder):
+    """The checkpoints of a folder, {step: path}, by step."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = {int(name[:-3]): os.path.join(folder, name) for name in names if re.fullmatch(r"\d+\.pt", name)}
+    return dict(sorted(found.items()))
+
+
+def latest(folder):
+    """The Checkpoint of the highest step in a folder that can be read, or None."""
+    for _, path in sorted(numbered(folder).items(), reverse=True):
+        with contextlib.suppress(UserError):
+            return load(path)
+    return None
+
+
+def retain(folder, count):
+    """Delete all but the last count checkpoints of a folder, and what a crash left of an unfinished one."""
+    for path in list(numbered(folder).values())[:-count] if count else []:
+        os.remove(path)
+    for name in os.listdir(folder):
+        if name.endswith(".pt.tmp"):
+            os.remove(os.path.join(folder, name))
 
 
 @dataclass
@@ -89,21 +121,22 @@ class Checkpoint:
         return config
 
 
-def load(path):
-    """Read a checkpoint into memory-mapped CPU tensors. Raises UserError for anything else."""
+def load(path, flag="--ckpt"):
+    """Read a checkpoint into memory-mapped CPU tensors. Raises UserError, naming the flag, for anything
+    else."""
     if not os.path.isfile(path):
-        raise UserError(f"--ckpt {path}: no such file")
+        raise UserError(f"{flag} {path}: no such file")
     if str(path).endswith(".safetensors"):
-        contents = _load_safetensors(path)
+        contents = _load_safetensors(path, flag)
     else:
-        contents = _load_pickle(path)
+        contents = _load_pickle(path, flag)
     if not isinstance(contents, dict) or not contents:
-        raise UserError(f"--ckpt {path}: not a checkpoint (it holds a {type(contents).__name__})")
+        raise UserError(f"{flag} {path}: not a checkpoint (it holds a {type(contents).__name__})")
     if _is_state_dict(contents):
         contents = dict(ema=contents)
     states = {name: contents[name] for name in ("model", "ema") if contents.get(name) is not None}
     if not states or not all(map(_is_state_dict, states.values())):
-        raise UserError(f"--ckpt {path}: neither a training checkpoint nor a state dict")
+        raise UserError(f"{flag} {path}: neither a training checkpoint nor a state dict")
     only = next(iter(states.values()))
     contents = {**contents, "ema": states.get("ema", only), "model": states.get("model", only)}
     config = contents.get("config")
@@ -116,31 +149,31 @@ def _is_state_dict(value):
     )
 
 
-def _load_pickle(path):
+def _load_pickle(path, flag):
     try:
         # The published training script saved its options as a Namespace, which holds nothing but data:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except PermissionError as error:
-        raise UserError(f"--ckpt {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # what a file that is no pickle makes the unpickler raise has no common class
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
-                f"--ckpt {path}: refused, since loading it would execute code; save its state dict alone"
+                f"{flag} {path}: refused, since loading it would execute code; save its state dict alone"
             ) from error
         raise UserError(
-            f"--ckpt {path}: not a checkpoint, or cut short; give a complete .pt or .safetensors file"
+            f"{flag} {path}: not a checkpoint, or cut short; give a complete .pt or .safetensors file"
         ) from error
 
 
-def _load_safetensors(path):
+def _load_safetensors(path, flag):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"--ckpt {path}: not a safetensors file, or cut short ({error})") from error
+        raise UserError(f"{flag} {path}: not a safetensors file, or cut short ({error})") from error
 
 
 def infer_model_config(state, path, model=None):
@@ -216,3 +249,22 @@ def build_model(config, state, path):
         model = DiT(**config)
     model.to_empty(device="cpu")
     return load_weights(model, state, path).eval()
+
+
+def initialize(model, found):
+    """Start a model from a checkpoint's averaged weights, for fine-tuning: all that fits is copied, but the
+    label table where the class count differs, and position embeddings of another resolution.
+
+    Returns one line on what was taken and what not. Raises UserError where no block fits.
+    """
+    state, own = found.state_dict("ema"), model.state_dict()
+    fits = [key for key, value in own.items() if key in state and state[key].shape == value.shape]
+    if not any(key.startswith("blocks.") for key in fits):
+        raise UserError(f"--init-from {found.path}: no block of it fits {describe_model(model.config)}")
+    model.load_state_dict({key: state[key] for key in fits}, strict=False)
+    anew, unused = [key for key in own if key not in fits], [key for key in state if key not in own]
+    return (
+        f"Initialised from {found.path}: {len(fits)} of {len(own)} tensors taken"
+        + (f"; new: {', '.join(anew)}" if anew else "")
+        + (f"; unused: {', '.join(unused)}" if unused else "")
+    )

@@ -5,7 +5,9 @@ key of an item is (index, mirrored): the order decides the flips, so an item is 
 reads it."""
 
 import contextlib
+import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from runtime import ORDER, UserError, generator_for
+from runtime import HOLD_OUT, ORDER, UserError, generator_for
 
 DIGITS = Path(__file__).resolve().parent / "assets" / "digits.npz"
 # Up to this many files are looked at before training; of more, as many, evenly spread:
@@ -174,6 +176,107 @@ def load_cifar10(root, dry_run=False):
     return ArrayImages(cifar.data, np.array(cifar.targets), cifar.classes, flips=True)
 
 
+MANIFEST = "manifest.json"
+
+
+class LatentCache(Dataset):
+    """Posterior moments that extract_features.py wrote: items (moments (2C, h, w), label), memory-mapped.
+
+    The mirrored item is the moments of the mirrored image. `vae` is the config of the VAE they are of.
+    """
+
+    channels, flips = 3, True
+
+    def __init__(self, folder):
+        path = os.path.join(folder, MANIFEST)
+        try:
+            with open(path) as file:
+                manifest = json.load(file)
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"--feature-path {folder}: no cache of extract_features.py ({error})") from error
+        if not manifest.get("complete"):
+            raise UserError(
+                f"--feature-path {folder}: unfinished; run the same extract_features.py command again"
+            )
+        self.folder, self.vae, self.classes = folder, manifest["vae"], manifest["classes"]
+        self.image_size, self.shard_size, self.count = (
+            manifest[name] for name in ("image_size", "shard_size", "count")
+        )
+        self.shards = [os.path.join(folder, shard["moments"]) for shard in manifest["shards"]]
+        for shard, moments in zip(manifest["shards"], self.shards):
+            if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
+                raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
+        labels = [np.load(os.path.join(folder, shard["labels"])) for shard in manifest["shards"]]
+        self.labels = np.concatenate(labels)
+        self._maps = {}
+
+    def __getstate__(self):
+        return dict(self.__dict__, _maps={})  # a worker maps the files itself
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        shard, row = divmod(index, self.shard_size)
+        if shard not in self._maps:
+            self._maps[shard] = np.load(self.shards[shard], mmap_mode="r")
+        moments = torch.from_numpy(self._maps[shard][row, int(mirrored)].astype(np.float32))
+        return moments, int(self.labels[index])
+
+
+class Rows(Dataset):
+    """Some of the items of a data set, by index."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices, self.flips = dataset, indices, dataset.flips
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        return self.dataset[(int(self.indices[index]), mirrored)]
+
+
+def held_out_count(size):
+    """How many of this many images are held out to validate on."""
+    return min(1024, max(1, size // 50))
+
+
+def hold_out(dataset, seed):
+    """Split a data set into (Rows to train on, Rows to validate on): a fiftieth, at most 1024, by the
+    seed."""
+    order = torch.randperm(len(dataset), generator=generator_for("cpu", seed, HOLD_OUT)).numpy()
+    count = held_out_count(len(dataset))
+    return Rows(dataset, np.sort(order[count:])), Rows(dataset, order[:count])
+
+
+class Guarded(Dataset):
+    """A data set whose unreadable items do not raise: items (image, label, problem), the last "" or one line.
+
+    skip: the next readable image stands in for an unreadable one; else zeros do, and training must stop.
+    """
+
+    def __init__(self, dataset, skip):
+        self.dataset, self.skip = dataset, skip
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        problem = ""
+        for offset in range(len(self.dataset)):
+            try:
+                return *self.dataset[((index + offset) % len(self.dataset), mirrored)], problem
+            except UserError as error:
+                problem = problem or str(error)
+                if not self.skip:
+                    break
+        return torch.zeros(1), 0, problem
+
+
 DATASETS = ("folder", "digits", "cifar10")
 
 
@@ -232,11 +335,31 @@ class BatchOrder:
 
 
 def create_loader(dataset, order, num_workers, device):
-    """Batches (images, labels) in this order, read by num_workers processes ahead of time."""
+    """Batches (images, labels, problems) in this order, read by num_workers processes ahead of time.
+
+    dataset: Guarded. problems: the lines that say what could not be read.
+    """
     return DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_main_process,
     )
+
+
+def _collate(items):
+    images, labels, problems = zip(*items)
+    problems = [problem for problem in problems if problem]
+    shapes = {image.shape for image in images}
+    # Zeros that stand in for an unreadable image have no shape to match; training stops before it looks:
+    images = torch.stack(images) if len(shapes) == 1 else torch.zeros(len(images))
+    return images, torch.tensor(labels), problems
+
+
+def _leave_signals_to_the_main_process(worker):
+    """A Ctrl-C reaches every process of a terminal; a worker goes on until the main process has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,6 +10,7 @@ Shapes: N batch, C channels, H W height and width, p patch size, T tokens, D wid
 Names:  x images or latents, t time, y label, c conditioning vector.
 """
 
+import contextlib
 import math
 from functools import partial
 
@@ -19,6 +20,7 @@ import torch.nn as nn
 from timm.layers import PatchEmbed
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Attention
+from torch.utils.checkpoint import checkpoint
 
 from runtime import Parser, UserError, launch
 
@@ -154,6 +156,12 @@ class FinalLayer(nn.Module):
 # The model
 
 
+def full_precision(x):
+    """Turns off autocast, on the device of x: time, conditioning and output keep the weights' own
+    precision."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class DiT(nn.Module):
     """Diffusion transformer.
 
@@ -195,6 +203,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size = tuple(input_size), patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.learn_sigma, self.num_heads, self.num_classes = learn_sigma, num_heads, num_classes
+        self.grad_checkpointing = False  # set it to recompute every block in the backward pass, for memory
 
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -255,12 +264,17 @@ class DiT(nn.Module):
             )
         # PatchEmbed returns a transposed view, whose layout every later elementwise operation would keep:
         x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t)  # (N, D)
+        with full_precision(x):
+            c = self.t_embedder(t)  # (N, D)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y, self.training, force_drop_ids)
         for block in self.blocks:
-            x = block(x, c)
-        x = self.final_layer(x, c)  # (N, T, p·p·C_out)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
+        with full_precision(x):
+            x = self.final_layer(x, c)  # (N, T, p·p·C_out)
         return self.unpatchify(x)  # (N, C_out, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-PRECISIONS = ("fp32", "tf32")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class UserError(ValueError):
@@ -103,6 +104,14 @@ class Processes:
             value /= self.world_size
         return value
 
+    def gather(self, value):
+        """The plain data of every process, in order of rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def assert_same(self, tensors):
         """Raise RuntimeError unless these tensors have the same sums, to the last bit, on every process."""
         if self.world_size == 1:
@@ -113,6 +122,32 @@ class Processes:
         dist.all_reduce(high, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise RuntimeError("the processes' weights have drifted apart; nothing was saved")
+
+
+class StopRequest:
+    """Whether the run was asked to stop, by SIGTERM, SIGINT or a problem, agreed on by all processes."""
+
+    def __init__(self, processes):
+        self.processes, self.signal = processes, None
+        self.group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        self.previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _note(self, number, frame):
+        self.signal = signal.Signals(number).name
+        signal.signal(number, self.previous[number])  # a second one acts at once
+
+    def agreed(self, problem=False):
+        """Called by all processes at the same step: (any was signalled, any has a problem).
+
+        Over the CPU, so that no GPU is waited for.
+        """
+        flags = torch.tensor([self.signal is not None, bool(problem)], dtype=torch.int32)
+        if self.group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        signalled, problem = flags.tolist()
+        return bool(signalled), bool(problem)
 
 
 def leave_group():
@@ -147,7 +182,8 @@ def add_precision_argument(parser):
     """--precision, the same in every command."""
     parser.add_argument(
         "--precision", choices=PRECISIONS, default=None,
-        help="arithmetic of matrix products: fp32, or tf32, ten bits of mantissa on tensor cores"
+        help="arithmetic of matrix products: fp32, tf32 (ten bits of mantissa, on tensor cores) or bf16"
+        " (seven; weights, time embedding, final layer and loss stay float32)"
         " (default: tf32 on a GPU that has it, else fp32)",
     )  # fmt: skip
 
@@ -158,7 +194,9 @@ def set_precision(precision, device):
     if precision == "tf32" and not has_tf32:
         raise UserError(f"--precision tf32: {device} has none; use fp32")
     precision = precision or ("tf32" if has_tf32 else "fp32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    # What bf16 leaves in float32 may as well run on tensor cores:
+    use_tf32 = precision == "tf32" or (precision == "bf16" and has_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use_tf32
     return precision
 
 
@@ -167,7 +205,7 @@ def set_precision(precision, device):
 
 
 # Which draws a seed is for; an epoch's order and a step's noise must not share a stream of numbers.
-ORDER, STEP, SAMPLES = 0, 1, 2
+ORDER, STEP, HOLD_OUT, EVALUATION = 0, 1, 2, 3
 
 
 def derive_seed(*numbers):

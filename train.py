@@ -17,30 +17,27 @@ Your own images, one subfolder a class:
 Every run makes a folder, results/000-DiT-XL-2, with args.json, log.txt, metrics.jsonl, checkpoints and
 samples. A global batch is the same, and trains the same, however many processes share it. """
 
-import argparse
+import contextlib
 import copy
-import itertools
-import json
 import os
-import re
-import time
+from datetime import timedelta
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import checkpoint
-from autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from data import DATASETS, BatchOrder, create_loader, open_dataset
+from data import BatchOrder, Guarded, create_loader, hold_out
 from diffusion import create_process
-from diffusion.timestep_sampler import SCHEDULE_SAMPLERS, create_named_schedule_sampler
-from models import DiT, DiT_models, count_macs
+from diffusion.timestep_sampler import create_named_schedule_sampler
+from download import find_file
+from experiment import Experiment, Meter, Metrics, memory_gib, peak_flops
+from models import DiT, count_macs
 from runtime import (
+    EVALUATION,
     STEP,
-    Parser,
+    StopRequest,
     UserError,
-    add_precision_argument,
-    blame,
     create_logger,
     generator_for,
     launch,
@@ -48,30 +45,18 @@ from runtime import (
     set_precision,
     start_processes,
 )
-from sampler import DEFAULTS, Sampler, add_sampling_arguments, check_sampling_options, save_grid
-
-# What --preset stands for; a flag given by hand wins. Behind each row: what it should give.
-# fmt: off
-PRESETS = {
-    # Recognisable digits in two minutes on two CPU cores: at this size, the cosine schedule, a high constant
-    # rate and a short average were measured best.
-    "digits": dict(
-        dataset="digits", image_size=8, vae="none", num_workers=0,
-        model="DiT-S/2", depth=4, hidden_size=128, num_heads=4,
-        noise_schedule="squaredcos_cap_v2", global_batch_size=64, max_steps=2000, lr=2e-3, warmup_steps=50,
-        ema_decay=0.995, ema_warmup=True, cfg_scale=2.0, num_sampling_steps="50",
-    ),
-    # Just-a-DiT's recipe for CIFAR-10, with diffusion in place of flow matching.
-    "cifar10": dict(
-        dataset="cifar10", image_size=32, vae="none",
-        model="DiT-S/2", learn_sigma=False, global_batch_size=128, max_steps=200_000, lr=1e-4,
-        ema_decay=0.9999, ema_warmup=True, ckpt_every=10_000, cfg_scale=2.5,
-    ),
-    # The paper's two published models.
-    "imagenet256": dict(model="DiT-XL/2", image_size=256, max_steps=7_000_000, cfg_scale=1.5),  # FID-50K 2.27
-    "imagenet512": dict(model="DiT-XL/2", image_size=512, max_steps=3_000_000, cfg_scale=1.5),  # FID-50K 3.04
-}
-# fmt: on
+from sampler import Sampler, save_grid
+from settings import (
+    build_parser,
+    check_data,
+    check_options,
+    configure_model,
+    open_autoencoder,
+    open_training_data,
+    print_plan,
+    sampling_defaults,
+    source,
+)
 
 
 def main(args):
@@ -81,36 +66,47 @@ def main(args):
     processes = start_processes()
     device, world_size = processes.device, processes.world_size
     args.precision = set_precision(args.precision, device)
-    if args.global_batch_size % world_size:
+    if args.global_batch_size % (world_size * args.grad_accum_steps):
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
+            f" x --grad-accum-steps {args.grad_accum_steps}"
         )
-    dataset = open_dataset(args.dataset, args.data_path, args.image_size, args.dry_run)
+    dataset = open_training_data(args)
     check_data(args, dataset)
     model_config = configure_model(args, dataset)
     process = create_process(
         dict(objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma)
     )
-    order = BatchOrder(
-        dataset, args.global_batch_size, rank=processes.rank, world_size=world_size, seed=args.global_seed,
-        stop_step=args.max_steps or args.epochs * (len(dataset) // args.global_batch_size),
-    )  # fmt: skip
+    training_set, held_out = hold_out(dataset, args.global_seed) if args.eval_every else (dataset, None)
+    steps_per_epoch = len(training_set) // args.global_batch_size
+    total = args.max_steps or args.epochs * steps_per_epoch
     if args.dry_run:
         if processes.is_main:
-            print_plan(args, dataset, model_config, order, world_size)
+            print_plan(args, dataset, model_config, total, steps_per_epoch, world_size)
         return
 
-    # Load the autoencoder, which can fail, before anything is written:
-    autoencoder = load_autoencoder(args.vae, device, dataset.channels)
+    # Load the autoencoder and the weights to start from, which can fail, before anything is written:
+    autoencoder = open_autoencoder(args, dataset, device)
+    initial = checkpoint.load(find_file(args.init_from), "--init-from") if args.init_from else None
 
-    # Make the run's folder:
-    folder = processes.on_main(create_run_folder, args)
+    # Find the run to continue, or make a folder:
+    experiment = None
+
+    def begin():
+        nonlocal experiment
+        experiment = Experiment(args)
+        return experiment.folder, experiment.resumed and experiment.resumed.path
+
+    folder, resume_path = processes.on_main(begin)
     logger = create_logger(folder, enabled=processes.is_main)
-    logger.info(f"Experiment directory created at {folder}")
+    logger.info(f"Experiment directory {'found' if resume_path else 'created'} at {folder}")
 
     # Build the model, its average and the optimiser:
     torch.manual_seed(args.global_seed)
-    model = DiT(**model_config).to(device)
+    model = DiT(**model_config)
+    if initial is not None:
+        logger.info(checkpoint.initialize(model, initial))
+    model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -118,82 +114,110 @@ def main(args):
         weight_decay=args.weight_decay,
         fused=True,
     )
-    timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
-    parallel = model
-    if world_size > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=True
-        )
+    timestep_sampler, meter = create_named_schedule_sampler(args.timestep_sampler, process), Meter()
+    start = 0
+    if resume_path:
+        start = restore(resume_path, model, ema, optimizer, timestep_sampler, meter, processes)
+        logger.info(f"Continuing after step {start:,} from {resume_path}")
+    parallel = prepare(model, args, processes)
+    network = autocast(parallel, device, args.precision)
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
-    logger.info(f"Dataset contains {len(dataset):,} images ({args.data_path or args.dataset})")
+    logger.info(f"Dataset contains {len(training_set):,} images ({source(args)})")
     logger.info(
-        f"Training for {len(order):,} steps of {args.global_batch_size} images"
-        f" on {world_size} x {device.type}"
+        f"Training for {total:,} steps of {args.global_batch_size} images on {world_size} x {device.type}"
     )
 
     def save(step):
-        path = os.path.join(folder, "checkpoints", f"{step:07d}.pt")
+        state = dict(
+            model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), args=vars(args),
+            step=step, timestep_sampler=timestep_sampler.state_dict(),
+            meter=processes.gather(meter.state_dict()),
+            config=dict(
+                model=model.config, process=process.config, autoencoder=autoencoder.config,
+                data=dict(dataset=source(args), image_size=args.image_size, classes=dataset.classes),
+                sampling=sampling_defaults(args),
+            ),
+        )  # fmt: skip
         processes.assert_same(model.parameters())
-        if processes.is_main:
-            checkpoint.save(path, dict(
-                model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), args=vars(args),
-                step=step, timestep_sampler=timestep_sampler.state_dict(),
-                config=dict(
-                    model=model.config, process=process.config, autoencoder=autoencoder.config,
-                    data=dict(dataset=args.dataset, image_size=args.image_size, classes=dataset.classes),
-                    sampling=sampling_defaults(args),
-                ),
-            ))  # fmt: skip
-            logger.info(f"Saved checkpoint to {path}")
+        path = processes.on_main(write_checkpoint, experiment, state, args.keep_checkpoints, logger)
         processes.barrier()
         return path
 
+    def sample(step):
+        sampler = Sampler(ema, process, autoencoder, device, sampling_defaults(args))
+        rows = sample_grid(sampler, experiment.picture_path(step), args.global_seed)
+        logger.info(f"Samples{rows}: {experiment.picture_path(step)}")
+
     # Train:
     parallel.train()
-    meter = Meter()
-    batches = create_loader(dataset, order, args.num_workers, device)
-    bar = tqdm(batches, desc="Training", unit="step", disable=not processes.is_main, dynamic_ncols=True)
-    for step, (images, labels) in enumerate(bar, start=1):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    metrics, watch = None, Watch(device)
+    if processes.is_main:
+        metrics = Metrics(folder, logger, start_step=start, use_wandb=args.wandb, settings=vars(args))
+    order = BatchOrder(
+        training_set, args.global_batch_size, rank=processes.rank, world_size=world_size,
+        seed=args.global_seed, start_step=start, stop_step=total,
+    )  # fmt: skip
+    batches = create_loader(Guarded(training_set, args.skip_bad_images), order, args.num_workers, device)
+    rate = 6 * count_macs(model) * args.global_batch_size / world_size  # FLOP a step and device
+    stop, path = StopRequest(processes), resume_path
+    bar = tqdm(total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
+               dynamic_ncols=True)  # fmt: skip
+    for step, (images, labels, problems) in enumerate(batches, start=start + 1):
+        signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
+        if signalled or unreadable:
+            bar.close()
+            path = save(step - 1) if step - 1 > start else path
+            end_early(problems, unreadable, step - 1, path, logger)
+            return
+        meter.add_skipped(len(problems))
+
         draws = draw_step(args, step, processes, timestep_sampler, model)
-        x_start = autoencoder.encode(images, draws["posterior"])
-        model_kwargs = dict(y=labels, force_drop_ids=draws["drop"]) if model.num_classes else {}
-        terms = process.training_losses(parallel, x_start, draws["t"], model_kwargs, noise=draws["noise"])
-        timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
-        loss = (terms["loss"] * draws["weights"]).mean()
-
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        set_learning_rate(optimizer, args.lr * min(1.0, step / max(1, args.warmup_steps)))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms = backward(process, network, parallel, autoencoder, images, labels, draws, args)
+        norm = gradient_norm(parallel, args.clip_grad)
+        watch.look(step, norm, terms["loss"])
         optimizer.step()
-        update_ema(
-            ema, model, min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
-        )
+        update_ema(ema, model, ema_decay(args, step))
+        timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
+        meter.add(terms, draws["t"] * 4 // process.num_timesteps)
+        bar.update()
 
-        meter.add(terms)
-        if step % args.log_every == 0 or step == len(order):
-            report(meter.read(processes), step, folder, logger, bar, processes.is_main)
-        if step % args.ckpt_every == 0 and step < len(order):
-            save(step)
+        if step % args.log_every == 0 or step == total:
+            watch.check(processes, path)
+            means = meter.read(processes)
+            if processes.is_main:
+                report(means, norm, step, total, rate, args, device, metrics, logger, bar)
+        if args.eval_every and step % args.eval_every == 0:
+            loss = evaluate(process, ema, autoencoder, held_out, args, processes)
+            if processes.is_main:
+                metrics.write(step, eval_loss=loss)
+                logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
+        if step % args.ckpt_every == 0 and step < total:
+            watch.check(processes, path)
+            path = save(step)
+        if args.sample_every and step % args.sample_every == 0 and step < total:
+            if processes.is_main:
+                sample(step)
+            processes.barrier()
     bar.close()
-    path = save(len(order))
+    path = save(total) if total > start else path
     leave_group()
 
     # Sample:
     if processes.is_main:
-        picture = os.path.join(folder, "samples", f"{len(order):07d}.png")
-        sampler = Sampler(ema, process, autoencoder, device, sampling_defaults(args))
-        rows = sample_grid(sampler, picture, args.global_seed)
-        logger.info(f"Samples{rows}: {picture}")
+        metrics.close()
+        if args.sample_every != 0:
+            sample(total)
+        experiment.finish()
+        python = "uv run" if "UV" in os.environ else "python"
         labels = " --class-labels 0 1 2 3 4 5 6 7 8 9" if model.num_classes == 10 else ""
-        logger.info(f"More of them: python sample.py --ckpt {path}{labels}")
+        logger.info(f"More of them: {python} sample.py --ckpt {path}{labels}")
     logger.info("Done!")
 
 
 # ---------------------------------------------------------------------------------------------
-# Steps of a run
+# Parts of a step
 
 
 def draw_step(args, step, processes, timestep_sampler, model):
@@ -215,6 +239,73 @@ def draw_step(args, step, processes, timestep_sampler, model):
     return {name: values[rows] for name, values in draws.items()}
 
 
+def backward(process, network, parallel, autoencoder, images, labels, draws, args):
+    """Add up the gradients of a batch, in --grad-accum-steps parts; returns its terms, each (N,), detached.
+
+    Processes exchange gradients on the last part only.
+    """
+    parts, device = args.grad_accum_steps, draws["t"].device
+    encode = autoencoder.draw if args.feature_path else autoencoder.encode
+    collected = []
+    batch = dict(draws, images=images, labels=labels)
+    for part, values in enumerate(zip(*(rows.chunk(parts) for rows in batch.values()))):
+        rows = {name: value.to(device, non_blocking=True) for name, value in zip(batch, values)}
+        x_start = encode(rows["images"], rows["posterior"])
+        model_kwargs = dict(y=rows["labels"], force_drop_ids=rows["drop"]) if args.num_classes else {}
+        is_last = part == parts - 1
+        with contextlib.nullcontext() if is_last or parallel_is_plain(parallel) else parallel.no_sync():
+            terms = process.training_losses(network, x_start, rows["t"], model_kwargs, noise=rows["noise"])
+            ((terms["loss"] * rows["weights"]).mean() / parts).backward()
+        collected.append({name: value.detach() for name, value in terms.items()})
+    return {name: torch.cat([terms[name] for terms in collected]) for name in collected[0]}
+
+
+def parallel_is_plain(parallel):
+    """Whether gradients stay in this process."""
+    return not hasattr(parallel, "no_sync")
+
+
+def gradient_norm(model, clip):
+    """The norm of all gradients together, a tensor; they are scaled down where it exceeds clip, if that is
+    given."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if clip is None:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    return torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+
+
+class Watch:
+    """Notes the first step whose loss or gradient is not finite, without waiting for a GPU."""
+
+    def __init__(self, device):
+        self.first = torch.zeros((), dtype=torch.int64, device=device)
+
+    def look(self, step, norm, losses):
+        bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
+        self.first = torch.where((self.first == 0) & bad, step, self.first)
+
+    def check(self, processes, path):
+        """Stop the run where there was one; path: the last checkpoint, which stands."""
+        steps = [step for step in processes.gather(self.first.item()) if step]
+        if steps:
+            stands = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+            raise UserError(
+                f"step {min(steps)}: the loss or its gradient is not finite; {stands}; lower --lr, give"
+                " --clip-grad 1 or --precision fp32, and continue with --resume FOLDER"
+            )
+
+
+def set_learning_rate(optimizer, rate):
+    """Give all parameters this learning rate from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def ema_decay(args, step):
+    """The decay of the average at a step: --ema-decay, or less early on with --ema-warmup."""
+    return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+
+
 @torch.no_grad()
 def update_ema(ema_model, model, decay=0.9999):
     """Move every trained weight of ema_model to decay · itself + (1 - decay) · the model's."""
@@ -224,38 +315,45 @@ def update_ema(ema_model, model, decay=0.9999):
     torch._foreach_add_(averages, weights, alpha=1 - decay)
 
 
-class Meter:
-    """Running means of the loss and its parts between two log lines; looks at a GPU only when read."""
-
-    def __init__(self):
-        self.sums, self.steps, self.since = {}, 0, time.perf_counter()
-
-    def add(self, terms):
-        """Count a step's terms, each (N,)."""
-        self.steps += 1
-        for name, values in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + values.detach().mean()
-
-    def read(self, processes):
-        """The means over steps and processes, and steps_per_sec; starts anew."""
-        means = {name: (processes.mean(total) / self.steps).item() for name, total in self.sums.items()}
-        means["steps_per_sec"] = self.steps / (time.perf_counter() - self.since)
-        self.__init__()
-        return means
-
-
-def report(means, step, folder, logger, bar, is_main):
-    """Write a line of log.txt and of metrics.jsonl, and the loss on the bar."""
-    if not is_main:
-        return
-    parts = "".join(f", {name}: {means[name]:.4f}" for name in ("mse", "vb") if "vb" in means)
+def report(means, norm, step, total, rate, args, device, metrics, logger, bar):
+    """Write a line of log.txt and a row of metrics.jsonl, and the loss on the bar."""
+    speed, left = means["steps_per_sec"], (total - step) / means["steps_per_sec"]
+    numbers = dict(grad_norm=norm.item(), lr=args.lr * min(1.0, step / max(1, args.warmup_steps)),
+                   memory_gib=memory_gib(device))  # fmt: skip
+    peak = peak_flops(device, args.precision)
+    if peak:
+        numbers["mfu"] = rate * speed / peak
+    metrics.write(step, **means, **numbers)
     logger.info(
-        f"(step={step:07d}) Train Loss: {means['loss']:.4f},"
-        f" Train Steps/Sec: {means['steps_per_sec']:.2f}{parts}"
+        f"(step={step:07d}) Train Loss: {means['loss']:.4f}, Train Steps/Sec: {speed:.2f}"
+        + "".join(f", {name}: {means[name]:.4f}" for name in ("mse", "vb") if "vb" in means)
+        + f", Grad Norm: {numbers['grad_norm']:.3f}, LR: {numbers['lr']:.2e}"
+        + f", Memory: {numbers['memory_gib']:.1f} GiB, Left: {timedelta(seconds=round(left))}"
+        + (f", MFU: {numbers['mfu']:.1%}" if peak else "")
+        + (f", Skipped: {means['skipped_images']:.0f}" if means["skipped_images"] else "")
     )
     bar.set_postfix(loss=f"{means['loss']:.4f}")
-    with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps(dict(step=step, **means)) + "\n")
+
+
+@torch.no_grad()
+def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64):
+    """The mean loss of the averaged weights on held-out images, each with the same t and noise every time."""
+    generator = generator_for("cpu", args.global_seed, EVALUATION)
+    n, shape = len(held_out), (len(held_out), ema.in_channels, *ema.input_size)
+    t = torch.arange(n) * process.num_timesteps // n  # evenly spread
+    noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    encode, total = autoencoder.draw if args.feature_path else autoencoder.encode, 0.0
+    for rows in torch.arange(n)[processes.rank :: processes.world_size].split(batch_size):
+        items = [held_out[(int(row), False)] for row in rows]
+        images = torch.stack([image for image, _ in items]).to(processes.device)
+        labels = torch.tensor([label for _, label in items], device=processes.device)
+        x_start = encode(images, posterior[rows].to(processes.device))
+        losses = process.training_losses(
+            ema, x_start, t[rows].to(processes.device), dict(y=labels) if args.num_classes else {},
+            noise=noise[rows].to(processes.device),
+        )  # fmt: skip
+        total += losses["loss"].double().sum().item()
+    return sum(processes.gather(total)) / n
 
 
 def sample_grid(sampler, path, seed):
@@ -272,230 +370,65 @@ def sample_grid(sampler, path, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# Set-up
+# Beginning, continuing and ending
 
 
-def check_options(args):
-    """Raise UserError for numbers out of range, before any work."""
-    for name in ("image_size", "epochs", "global_batch_size", "log_every", "ckpt_every"):
-        _require(args, name, getattr(args, name) >= 1, "must be at least 1")
-    for name in ("weight_decay", "warmup_steps", "num_workers"):
-        _require(args, name, getattr(args, name) >= 0, "must be 0 or more")
-    _require(args, "global_seed", 0 <= args.global_seed < 2**63, "must be 0 or more, below 2^63")
-    _require(args, "max_steps", args.max_steps is None or args.max_steps >= 1, "must be at least 1")
-    _require(args, "num_classes", args.num_classes is None or args.num_classes >= 0, "must be 0 or more")
-    _require(args, "lr", args.lr > 0, "must be more than 0")
-    _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
-    _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
-    check_sampling_options(args.cfg_scale, args.num_sampling_steps)
-
-
-def _require(args, name, condition, what):
-    if not condition:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {what}")
-
-
-def check_data(args, dataset):
-    """Settle --num-classes by the data set, and refuse a batch larger than it."""
-    classes = len(dataset.classes)
-    if args.num_classes is None:
-        args.num_classes = classes
-    if args.num_classes > 0 and not classes:
-        raise UserError(
-            f"--num-classes {args.num_classes}: {args.data_path} is a flat folder, without classes; give 0 to"
-            " train unconditionally, or make one subfolder a class"
-        )
-    if 0 < args.num_classes < classes:
-        raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
-    if args.num_classes == 0 or args.class_dropout_prob == 0:
-        if "cfg_scale" in args.by_hand and args.cfg_scale != 1:
-            why = "without label dropout" if args.num_classes else "in an unconditional model"
-            raise UserError(f"--cfg-scale {args.cfg_scale}: {why} there is nothing to guide; leave it out")
-        args.cfg_scale = 1.0
-    if len(dataset) < args.global_batch_size:
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size}: the data set has {len(dataset)} images,"
-            " not enough for one batch; give at most that"
-        )
-
-
-def configure_model(args, dataset):
-    """The full arguments of DiT for these options; UserError where such a model cannot be."""
-    channels, factor, image_channels = describe_vae(args.vae, dataset.channels)
-    if image_channels != dataset.channels:
-        raise UserError(
-            f"--vae {args.vae}: takes images of {image_channels} channels, these have {dataset.channels};"
-            " give --vae none"
-        )
-    sizes = {name: getattr(args, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
-    registered = DiT_models[args.model].keywords
-    patch_size = sizes["patch_size"] or registered["patch_size"]
-    if args.image_size % (factor * patch_size):
-        parts = f"patch {patch_size}" if factor == 1 else f"the VAE's {factor} x patch {patch_size}"
-        raise UserError(
-            f"--image-size {args.image_size}: must be divisible by {factor * patch_size} ({parts})"
-        )
-    with blame(f"--model {args.model}"), torch.device("meta"):
-        return DiT_models[args.model](
-            input_size=args.image_size // factor, in_channels=channels, num_classes=args.num_classes,
-            class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma,
-            **{name: size for name, size in sizes.items() if size is not None},
-        ).config  # fmt: skip
-
-
-def sampling_defaults(args):
-    """How this run's checkpoints are sampled unless told otherwise."""
-    given = dict(cfg_scale=args.cfg_scale, steps=args.num_sampling_steps, sampler=args.sampler)
-    return {**DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
-
-
-def create_run_folder(args):
-    """Make results/NNN-DiT-XL-2 under the next free number, with args.json; returns its path."""
-    name = args.model.replace("/", "-") + (f"-{args.preset}" if args.preset else "")
-    try:
-        os.makedirs(args.results_dir, exist_ok=True)
-        taken = [
-            int(found[0]) for found in map(re.compile(r"\d+").match, os.listdir(args.results_dir)) if found
-        ]
-        for number in itertools.count(max(taken, default=-1) + 1):
-            folder = os.path.join(args.results_dir, f"{number:03d}-{name}")
-            try:
-                os.mkdir(folder)
-                break
-            except FileExistsError:  # another run, started at the same moment
-                continue
-        os.mkdir(os.path.join(folder, "checkpoints"))
-        with open(os.path.join(folder, "args.json"), "w") as file:
-            json.dump(vars(args), file, indent=2)
-    except OSError as error:
-        raise UserError(
-            f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
-        ) from error
-    return folder
-
-
-def print_plan(args, dataset, model_config, order, world_size):
-    """What --dry-run shows."""
-    with torch.device("meta"):
-        model = DiT(**model_config)
-    parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
-    height, width = model.input_size
-    print(
-        f"model        {checkpoint.describe_model(model.config)}: {parameters:,} parameters,"
-        f" {macs / 1e9:.2f} GMACs"
+def prepare(model, args, processes):
+    """Compile and checkpoint the model's blocks as asked, and wrap it for several processes."""
+    model.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    if processes.world_size == 1:
+        return model
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    # A static graph cannot know no_sync's and checkpointing's extra passes:
+    static = args.grad_accum_steps == 1 and not args.grad_checkpointing
+    return DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static
     )
-    print(
-        f"input        {height}x{width}x{model.in_channels} by {resolve_vae(args.vae)},"
-        f" of {args.image_size} pixels"
-    )
-    print(
-        f"data         {len(dataset):,} images, {args.num_classes} classes ({args.data_path or args.dataset})"
-    )
-    print(
-        f"training     {len(order):,} steps of {args.global_batch_size} on {world_size} process(es), "
-        f"{len(order) / order.steps_per_epoch:.1f} epochs, {3 * 2 * macs * args.global_batch_size / 1e12:.2f}"
-        " TFLOP a step"
-    )
-    print("Options are sound; nothing was written.")
 
 
-# ---------------------------------------------------------------------------------------------
-# Options
+def autocast(model, device, precision):
+    """The model, with its matrix products in bfloat16 where --precision says so."""
+    if precision != "bf16":
+        return model
+
+    def network(*args, **kwargs):
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(*args, **kwargs)
+
+    return network
 
 
-def build_parser():
-    """The command-line options."""
-    # fmt: off
-    parser = PresetParser(description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default=None,
-                        help="defaults for all other options; one given by hand wins (default: none)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="check options and data, show the plan, write nothing (default: off)")
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="folder",
-                       help="a folder of images, the embedded digits, or CIFAR-10 (default: folder)")
-    group.add_argument("--data-path", default=None, metavar="FOLDER",
-                       help="images, one subfolder a class or all in one; for cifar10, where to keep"
-                       " it, or data (default: none)")
-    group.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
-                       help="side of the square that images are cropped to (default: 256)")
-    group.add_argument("--num-classes", type=int, default=None, metavar="N",
-                       help="rows of the label table, null label aside; 0 for an unconditional model"
-                       " (default: as many as the data set has)")
-    group.add_argument("--num-workers", type=int, default=4, metavar="N",
-                       help="processes that read images, for each training process (default: 4)")
-    add_vae_argument(group, default="ema")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=list(DiT_models), default="DiT-XL/2",
-                       help="size S, B, L or XL, and side of a patch in latent pixels (default: DiT-XL/2)")
-    group.add_argument("--depth", type=int, default=None, metavar="BLOCKS",
-                       help="blocks, in place of the model's (default: the model's)")
-    group.add_argument("--hidden-size", type=int, default=None, metavar="WIDTH",
-                       help="channels of a token, in place of the model's (default: the model's)")
-    group.add_argument("--num-heads", type=int, default=None, metavar="HEADS",
-                       help="attention heads, in place of the model's (default: the model's)")
-    group.add_argument("--patch-size", type=int, default=None, metavar="SIDE",
-                       help="latent pixels a side of a patch, in place of the model's (default: the model's)")
-    group.add_argument("--class-dropout-prob", type=float, default=0.1, metavar="SHARE",
-                       help="share of labels dropped, for guidance; 0 for none (default: 0.1)")
-    group.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
-                       help="predict the variance too, with twice the channels (default: on)")
-    group.add_argument("--noise-schedule", choices=("linear", "squaredcos_cap_v2"), default="linear",
-                       help="how noise grows over the 1000 steps (default: linear)")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=1400, metavar="N",
-                       help="passes over the data (default: 1400)")
-    group.add_argument("--max-steps", type=int, default=None, metavar="STEPS",
-                       help="optimiser steps, in place of --epochs (default: none)")
-    group.add_argument("--global-batch-size", type=int, default=256, metavar="IMAGES",
-                       help="images a step, over all processes (default: 256)")
-    group.add_argument("--global-seed", type=int, default=0, metavar="SEED",
-                       help="of initialisation, order and noise (default: 0)")
-    group.add_argument("--lr", type=float, default=1e-4, metavar="RATE",
-                       help="AdamW's learning rate (default: 1e-4)")
-    group.add_argument("--warmup-steps", type=int, default=0, metavar="STEPS",
-                       help="over which the learning rate rises from 0 (default: 0)")
-    group.add_argument("--weight-decay", type=float, default=0.0, metavar="RATE",
-                       help="AdamW's weight decay (default: 0)")
-    group.add_argument("--ema-decay", type=float, default=0.9999, metavar="DECAY",
-                       help="a step, of the averaged weights that are sampled (default: 0.9999)")
-    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False,
-                       help="average over a tenth of the steps so far at most, for short runs (default: off)")
-    group.add_argument("--timestep-sampler", choices=list(SCHEDULE_SAMPLERS), default="uniform",
-                       help="how training times are drawn (default: uniform)")
-    add_precision_argument(group)
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--results-dir", default="results", metavar="FOLDER",
-                       help="where runs make their folders (default: results)")
-    group.add_argument("--log-every", type=int, default=100, metavar="STEPS",
-                       help="steps between two lines of the log (default: 100)")
-    group.add_argument("--ckpt-every", type=int, default=50_000, metavar="STEPS",
-                       help="steps between two checkpoints; there is always one at the end (default: 50000)")
-
-    add_sampling_arguments(parser.add_argument_group("samples at the end, and defaults kept for sample.py"))
-    # fmt: on
-    return parser
+def restore(path, model, ema, optimizer, timestep_sampler, meter, processes):
+    """Take up a checkpoint where it left off; returns its step."""
+    found = checkpoint.load(path, "--resume")
+    checkpoint.load_weights(model, found.state_dict("raw"), path)
+    checkpoint.load_weights(ema, found.state_dict("ema"), path)
+    optimizer.load_state_dict(found.contents["opt"])
+    timestep_sampler.load_state_dict(found.contents["timestep_sampler"])
+    windows = found.contents["meter"]
+    if len(windows) == processes.world_size:
+        meter.load_state_dict(windows[processes.rank], processes.device)
+    return found.contents["step"]
 
 
-class PresetParser(Parser):
-    """A parser whose --preset sets the other options' defaults; `by_hand` in its result names those given."""
+def write_checkpoint(experiment, state, keep, logger):
+    """Save a checkpoint of the main process's, and delete those beyond the last keep; returns its path."""
+    path = experiment.checkpoint_path(state["step"])
+    checkpoint.save(path, state)
+    checkpoint.retain(experiment.checkpoints, keep)
+    logger.info(f"Saved checkpoint to {path}")
+    return path
 
-    def parse_args(self, args=None, namespace=None):
-        found = super().parse_args(args)
-        # What a namespace already holds, argparse takes for the default; here a mark of what was not given:
-        marked = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(found), self)))
-        by_hand = sorted(name for name, value in vars(marked).items() if value is not self)
-        preset = dict(PRESETS[found.preset]) if found.preset else {}
-        if "epochs" in by_hand:
-            preset.pop("max_steps", None)
-        if "model" in by_hand:  # whose sizes the preset may have changed
-            for name in ("depth", "hidden_size", "num_heads", "patch_size"):
-                preset.pop(name, None)
-        return super().parse_args(args, argparse.Namespace(**preset, by_hand=by_hand))
+
+def end_early(problems, unreadable, step, path, logger):
+    """Say how to go on after a signal; for an unreadable image, raise UserError."""
+    saved = f"saved {path}" if path else "nothing was trained yet"
+    if unreadable:
+        raise UserError(f"{problems[0] if problems else 'another process met an unreadable image'} [{saved}]")
+    logger.info(f"Stopped after step {step:,}, {saved}; run the same command again to continue.")
 
 
 if __name__ == "__main__":

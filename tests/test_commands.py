@@ -17,7 +17,7 @@ from models import DiT, DiT_models
 from runtime import launch
 
 COMMANDS = sorted(
-    path.stem for path in ROOT.glob("*.py") if re.search(r"^def build_parser", path.read_text(), re.MULTILINE)
+    path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser())" in path.read_text()
 )
 README = (ROOT / "README.md").read_text()
 

@@ -15,7 +15,9 @@ from test_autoencoder import save_vae
 from test_data import write_image
 
 import checkpoint
+import settings
 import train
+from experiment import Experiment
 from models import DiT
 from runtime import launch
 from sampler import Sampler, save_grid
@@ -59,7 +61,15 @@ def finished(tmp_path_factory):
 
 
 def test_run_folder(finished):
-    assert sorted(os.listdir(finished)) == ["args.json", "checkpoints", "log.txt", "metrics.jsonl", "samples"]
+    assert sorted(os.listdir(finished)) == [
+        ".finished",
+        ".lock",
+        "args.json",
+        "checkpoints",
+        "log.txt",
+        "metrics.jsonl",
+        "samples",
+    ]
     assert sorted(os.listdir(finished / "checkpoints")) == ["0000005.pt", "0000010.pt", "0000012.pt"]
     assert json.loads((finished / "args.json").read_text())["global_batch_size"] == 16
     log = (finished / "log.txt").read_text()
@@ -100,9 +110,9 @@ def test_runs_are_numbered(tmp_path):
     for name in ("003-DiT-S-2", "notes"):
         (tmp_path / name).mkdir()
     args = train.build_parser().parse_args([*SMALL, "--results-dir", str(tmp_path)])
-    assert os.path.basename(train.create_run_folder(args)) == "004-DiT-S-2"
+    assert os.path.basename(Experiment(args).folder) == "004-DiT-S-2"
     args = train.build_parser().parse_args(["--preset", "digits", "--results-dir", str(tmp_path)])
-    assert os.path.basename(train.create_run_folder(args)) == "005-DiT-S-2-digits"
+    assert os.path.basename(Experiment(args).folder) == "005-DiT-S-2-digits"
 
 
 def test_presets():
@@ -119,7 +129,7 @@ def test_presets():
         weight_decay=0, ema_decay=0.9999, class_dropout_prob=0.1, learn_sigma=True,
     )  # fmt: skip
     assert {name: getattr(official, name) for name in defaults} == defaults
-    for name, options in train.PRESETS.items():
+    for name, options in settings.PRESETS.items():
         assert set(options) <= set(vars(official)), name  # every key is an option
         for key, value in options.items():
             argv = ["--preset", name] + (
@@ -173,7 +183,7 @@ def test_presets_without_classes(tmp_path, capsys):
 def test_two_runs_at_once_get_two_folders(tmp_path, monkeypatch):
     args = train.build_parser().parse_args([*SMALL, "--results-dir", str(tmp_path)])
     monkeypatch.setattr(os, "listdir", lambda path: [])  # both look before either has made its folder
-    assert [os.path.basename(train.create_run_folder(args)) for _ in "ab"] == ["000-DiT-S-2", "001-DiT-S-2"]
+    assert [os.path.basename(Experiment(args).folder) for _ in "ab"] == ["000-DiT-S-2", "001-DiT-S-2"]
 
 
 def test_unconditional_training_from_a_flat_folder(tmp_path):
@@ -222,11 +232,11 @@ PIXELS = "--data-path images --vae none --image-size 8 --global-batch-size 2 --m
         ("", "--data-path: required"),
         (
             "--data-path images",
-            "--global-batch-size 256: the data set has 6 images, not enough for one batch",
+            "--global-batch-size 256: the data set has 6 images to train on, not enough for one batch",
         ),
         ("--data-path broken", "broken/a/bad.png: cannot be read as an image; mend or remove it"),
         ("--data-path images --num-classes 1", "--num-classes 1: the data set has 2; give at least that"),
-        ("--data-path flat --num-classes 5", "--num-classes 5: flat is a flat folder, without classes"),
+        ("--data-path flat --num-classes 5", "--num-classes 5: flat has no classes; give 0 to train"),
         (
             "--data-path flat --cfg-scale 2 --global-batch-size 1",
             "--cfg-scale 2.0: in an unconditional model there",

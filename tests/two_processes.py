@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
 from diffusion.timestep_sampler import LossSecondMomentResampler  # noqa: E402
+from experiment import Experiment  # noqa: E402
 from runtime import Processes, UserError, start_processes  # noqa: E402
 
 processes = start_processes()
@@ -49,7 +50,7 @@ assert len(alone["weights"].unique()) > 1 and 0 < alone["drop"].sum() < 20
 
 # A mistake on the main process is everyone's:
 try:
-    processes.on_main(train.create_run_folder, SimpleNamespace(model="x", preset=None, results_dir=__file__))
+    processes.on_main(Experiment, SimpleNamespace(resume="never", results_dir=__file__))
 except UserError as error:
     assert "cannot be written to" in str(error)
 else:

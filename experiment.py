@@ -1,0 +1,263 @@
+"""A run's folder: its number, settings, log and metrics, and how an interrupted run is found again.
+
+results/000-DiT-XL-2/
+    args.json       the options
+    log.txt         one line every --log-every steps
+    metrics.jsonl   the same and more, as data
+    checkpoints/    0050000.pt …
+    samples/        0050000.png …
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import resource
+import time
+
+import torch
+from filelock import FileLock, Timeout
+
+import checkpoint
+from runtime import UserError
+
+# Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
+# else are the same run.
+EXECUTION = {
+    "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every", "ckpt_every", "sample_every",
+    "keep_checkpoints", "wandb",
+}  # fmt: skip
+
+# Dense matrix products, FLOP/s, of the datasheets, by a part of the device's name and the precision:
+PEAK_FLOPS = {
+    "H200": dict(bf16=989e12, tf32=495e12), "H100": dict(bf16=989e12, tf32=495e12),
+    "A100": dict(bf16=312e12, tf32=156e12),
+}  # fmt: skip
+
+
+class Experiment:
+    """A run's folder, held by a lock while the run is alive. Only the main process has one.
+
+    resumed: the Checkpoint to continue from, or None.
+    """
+
+    def __init__(self, args):
+        self.resumed, self.lock = None, None
+        try:
+            os.makedirs(args.results_dir, exist_ok=True)
+            if args.resume == "auto":
+                self.folder = self._find_unfinished(args)
+            elif args.resume == "never":
+                self.folder = None
+            else:
+                self.folder = self._given(args.resume)
+            if self.folder is None:
+                self.folder = self._create(args)
+            else:
+                self.resumed = checkpoint.latest(self.checkpoints)
+                checkpoint.retain(self.checkpoints, 0)
+        except OSError as error:
+            raise UserError(
+                f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
+            ) from error
+
+    @property
+    def checkpoints(self):
+        return os.path.join(self.folder, "checkpoints")
+
+    def checkpoint_path(self, step):
+        return os.path.join(self.checkpoints, f"{step:07d}.pt")
+
+    def picture_path(self, step):
+        return os.path.join(self.folder, "samples", f"{step:07d}.png")
+
+    def _acquire(self, folder):
+        """Whether the folder is now this run's, that is no living run's."""
+        self.lock = FileLock(os.path.join(folder, ".lock"))
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        return True
+
+    def _find_unfinished(self, args):
+        """The newest folder of a run with the same settings that has not finished and is not running, or
+        None."""
+        for name in sorted(os.listdir(args.results_dir), reverse=True):
+            folder = os.path.join(args.results_dir, name)
+            settings = read_settings(folder)
+            same = settings is not None and settings == comparable(vars(args))
+            if same and not os.path.exists(os.path.join(folder, ".finished")) and self._acquire(folder):
+                return folder
+        return None
+
+    def _given(self, path):
+        """The folder of --resume PATH: a run's, or of one of its checkpoints."""
+        folder = os.path.dirname(os.path.dirname(os.path.abspath(path))) if os.path.isfile(path) else path
+        if read_settings(folder) is None:
+            raise UserError(
+                f"--resume {path}: no run's folder (no args.json); give results/NNN-…, auto or never"
+            )
+        if not self._acquire(folder):
+            raise UserError(f"--resume {path}: that run is still running; stop it first")
+        return folder
+
+    def _create(self, args):
+        """Make results/NNN-DiT-XL-2 under the next free number, with args.json; returns its path."""
+        name = args.model.replace("/", "-") + (f"-{args.preset}" if args.preset else "")
+        taken = [
+            int(found[0]) for found in map(re.compile(r"\d+").match, os.listdir(args.results_dir)) if found
+        ]
+        for number in itertools.count(max(taken, default=-1) + 1):
+            folder = os.path.join(args.results_dir, f"{number:03d}-{name}")
+            try:
+                os.mkdir(folder)
+                break
+            except FileExistsError:  # another run, started at the same moment
+                continue
+        self._acquire(folder)
+        os.mkdir(os.path.join(folder, "checkpoints"))
+        with open(os.path.join(folder, "args.json"), "w") as file:
+            json.dump(vars(args), file, indent=2)
+        return folder
+
+    def finish(self):
+        """Mark the run as finished: the same command then starts a new one."""
+        with open(os.path.join(self.folder, ".finished"), "w"):
+            pass
+        self.lock.release()
+
+
+def comparable(settings):
+    """Of options, what a run computes: plain JSON data."""
+    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in EXECUTION}))
+
+
+def read_settings(folder):
+    """The comparable settings of a run's folder, or None where it is none."""
+    try:
+        with open(os.path.join(folder, "args.json")) as file:
+            return comparable(json.load(file))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+class Metrics:
+    """Where a run's numbers go: log.txt, metrics.jsonl, TensorBoard where it is installed, W&B where
+    asked."""
+
+    def __init__(self, folder, logger, *, start_step, use_wandb=False, settings=None):
+        self.path, self.logger = os.path.join(folder, "metrics.jsonl"), logger
+        self._drop_after(start_step)
+        self.tensorboard = self.wandb = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start_step + 1)
+        if use_wandb:
+            wandb = import_wandb()
+            self.wandb = wandb.init(project="DiT", name=os.path.basename(folder), dir=folder, config=settings)
+
+    def _drop_after(self, step):
+        """Forget what an interrupted run wrote after the checkpoint that it continues from."""
+        if not os.path.exists(self.path):
+            return
+        kept = []
+        with open(self.path) as file:
+            for line in file:
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except json.JSONDecodeError:  # the end of a line that was never finished
+                    break
+        with open(self.path, "w") as file:
+            file.writelines(kept)
+
+    def write(self, step, **numbers):
+        """Add a row for a step."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(dict(step=step, **numbers)) + "\n")
+        for name, value in numbers.items():
+            if self.tensorboard is not None:
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def close(self):
+        """Flush what is not written yet."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class Meter:
+    """Running means of the losses between two log lines; looks at a GPU only when read."""
+
+    def __init__(self):
+        self.sums, self.steps, self.skipped, self.since = {}, 0, 0, time.perf_counter()
+
+    def add_skipped(self, count):
+        """Count images that could not be read."""
+        self.skipped += count
+
+    def add(self, terms, quarter):
+        """Count a step's terms, each (N,), and the loss by quarter (N,) of the steps of diffusion, 0 … 3."""
+        self.steps += 1
+        for name, values in terms.items():
+            self._add(name, values.detach().mean())
+        loss, counts = terms["loss"].detach().float(), torch.zeros(4, device=quarter.device)
+        self._add("quarter_counts", counts.index_add(0, quarter, torch.ones_like(loss)))
+        self._add("quarter_sums", counts.index_add(0, quarter, loss))
+
+    def _add(self, name, value):
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def read(self, processes):
+        """Means over steps and processes, loss_q1 … loss_q4 and steps_per_sec; starts anew."""
+        sums = {name: processes.mean(total) for name, total in self.sums.items()}
+        counts, losses = sums.pop("quarter_counts").tolist(), sums.pop("quarter_sums").tolist()
+        means = {name: total.item() / self.steps for name, total in sums.items()}
+        means |= {f"loss_q{i + 1}": losses[i] / counts[i] for i in range(4) if counts[i]}
+        means["skipped_images"] = sum(processes.gather(self.skipped))
+        means["steps_per_sec"] = self.steps / (time.perf_counter() - self.since)
+        self.__init__()
+        return means
+
+    def state_dict(self):
+        """What a resumed run needs to go on in the middle of a window."""
+        return dict(
+            steps=self.steps,
+            skipped=self.skipped,
+            sums={name: total.cpu() for name, total in self.sums.items()},
+        )
+
+    def load_state_dict(self, state, device):
+        """Take up what state_dict gave."""
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
+
+
+def memory_gib(device):
+    """The most memory this process has held, GiB: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kept in KiB
+
+
+def peak_flops(device, precision):
+    """The datasheet's FLOP/s of this device at this precision, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks.get(precision) for part, peaks in PEAK_FLOPS.items() if part in name), None)
+
+
+def import_wandb():
+    """The wandb package; UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb: not installed; pip install wandb, or uv add wandb") from error
+    return wandb

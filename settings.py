@@ -1,0 +1,308 @@
+"""The settings of a training run: the options of train.py, its presets, and what they come to."""
+
+import argparse
+
+import torch
+
+import checkpoint
+from autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
+from data import DATASETS, LatentCache, held_out_count, open_dataset
+from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
+from experiment import import_wandb
+from models import DiT, DiT_models, count_macs
+from runtime import Parser, UserError, add_precision_argument, blame
+from sampler import DEFAULTS, add_sampling_arguments, check_sampling_options
+
+# What --preset stands for; a flag given by hand wins. Behind each row: what it should give.
+# fmt: off
+PRESETS = {
+    # Recognisable digits in two minutes on two CPU cores: at this size, the cosine schedule, a high constant
+    # rate and a short average were measured best.
+    "digits": dict(
+        dataset="digits", image_size=8, vae="none", num_workers=0,
+        model="DiT-S/2", depth=4, hidden_size=128, num_heads=4,
+        noise_schedule="squaredcos_cap_v2", global_batch_size=64, max_steps=2000, lr=2e-3, warmup_steps=50,
+        ema_decay=0.995, ema_warmup=True, cfg_scale=2.0, num_sampling_steps="50",
+    ),
+    # Just-a-DiT's recipe for CIFAR-10, with diffusion in place of flow matching.
+    "cifar10": dict(
+        dataset="cifar10", image_size=32, vae="none",
+        model="DiT-S/2", learn_sigma=False, global_batch_size=128, max_steps=200_000, lr=1e-4,
+        ema_decay=0.9999, ema_warmup=True, ckpt_every=10_000, cfg_scale=2.5,
+    ),
+    # The paper's two published models.
+    "imagenet256": dict(model="DiT-XL/2", image_size=256, max_steps=7_000_000, cfg_scale=1.5),  # FID-50K 2.27
+    "imagenet512": dict(model="DiT-XL/2", image_size=512, max_steps=3_000_000, cfg_scale=1.5),  # FID-50K 3.04
+}
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks, and what the options come to
+
+
+def check_options(args):
+    """Raise UserError for numbers out of range, before any work."""
+    for name in ("image_size", "epochs", "global_batch_size", "grad_accum_steps", "log_every", "ckpt_every"):
+        _require(args, name, getattr(args, name) >= 1, "must be at least 1")
+    for name in ("weight_decay", "warmup_steps", "num_workers", "keep_checkpoints", "eval_every"):
+        _require(args, name, getattr(args, name) >= 0, "must be 0 or more")
+    _require(args, "sample_every", args.sample_every is None or args.sample_every >= 0, "must be 0 or more")
+    _require(args, "clip_grad", args.clip_grad is None or args.clip_grad > 0, "must be more than 0")
+    _require(args, "global_seed", 0 <= args.global_seed < 2**63, "must be 0 or more, below 2^63")
+    _require(args, "max_steps", args.max_steps is None or args.max_steps >= 1, "must be at least 1")
+    _require(args, "num_classes", args.num_classes is None or args.num_classes >= 0, "must be 0 or more")
+    _require(args, "lr", args.lr > 0, "must be more than 0")
+    _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
+    _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
+    check_sampling_options(args.cfg_scale, args.num_sampling_steps)
+    if args.wandb:
+        import_wandb()
+
+
+def _require(args, name, condition, what):
+    if not condition:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {what}")
+
+
+def open_training_data(args):
+    """The data set of these options, of images or of cached latents; UserError where they do not go
+    together."""
+    if not args.feature_path:
+        return open_dataset(args.dataset, args.data_path, args.image_size, args.dry_run)
+    cache = LatentCache(args.feature_path)
+    if args.data_path:
+        raise UserError(f"--data-path {args.data_path}: --feature-path stands in for it; leave one out")
+    if args.image_size != cache.image_size:
+        raise UserError(
+            f"--image-size {args.image_size}: {args.feature_path} was extracted at {cache.image_size};"
+            f" give --image-size {cache.image_size}"
+        )
+    if "vae" in args.by_hand and resolve_vae(args.vae) != cache.vae["vae"]:
+        raise UserError(
+            f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
+        )
+    args.vae = cache.vae["vae"]
+    return cache
+
+
+def open_autoencoder(args, dataset, device):
+    """What encodes and decodes. From a cache, its weights are read when the first picture is to be made."""
+    if not args.feature_path:
+        return load_autoencoder(args.vae, device, dataset.channels)
+    autoencoder = VAE(args.vae, dataset.vae).to(device)
+    if args.sample_every != 0:
+        _ = autoencoder.model  # to fail now rather than then
+    return autoencoder
+
+
+def check_data(args, dataset):
+    """Settle --num-classes by the data set, and refuse a batch larger than it."""
+    classes = len(dataset.classes)
+    if args.num_classes is None:
+        args.num_classes = classes
+    if args.num_classes > 0 and not classes:
+        raise UserError(
+            f"--num-classes {args.num_classes}: {args.feature_path or args.data_path} has no classes; give"
+            " 0 to train unconditionally, or make one subfolder a class"
+        )
+    if 0 < args.num_classes < classes:
+        raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
+    if args.num_classes == 0 or args.class_dropout_prob == 0:
+        if "cfg_scale" in args.by_hand and args.cfg_scale != 1:
+            why = "without label dropout" if args.num_classes else "in an unconditional model"
+            raise UserError(f"--cfg-scale {args.cfg_scale}: {why} there is nothing to guide; leave it out")
+        args.cfg_scale = 1.0
+    available = len(dataset) - (held_out_count(len(dataset)) if args.eval_every else 0)
+    if available < args.global_batch_size:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: the data set has {available} images to train on,"
+            " not enough for one batch; give at most that"
+        )
+
+
+def configure_model(args, dataset):
+    """The full arguments of DiT for these options; UserError where such a model cannot be."""
+    if args.feature_path:
+        channels, factor, image_channels = dataset.vae["channels"], dataset.vae["factor"], dataset.channels
+    else:
+        channels, factor, image_channels = describe_vae(args.vae, dataset.channels)
+    if image_channels != dataset.channels:
+        raise UserError(
+            f"--vae {args.vae}: takes images of {image_channels} channels, these have {dataset.channels};"
+            " give --vae none"
+        )
+    sizes = {name: getattr(args, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
+    registered = DiT_models[args.model].keywords
+    patch_size = sizes["patch_size"] or registered["patch_size"]
+    if args.image_size % (factor * patch_size):
+        parts = f"patch {patch_size}" if factor == 1 else f"the VAE's {factor} x patch {patch_size}"
+        raise UserError(
+            f"--image-size {args.image_size}: must be divisible by {factor * patch_size} ({parts})"
+        )
+    with blame(f"--model {args.model}"), torch.device("meta"):
+        return DiT_models[args.model](
+            input_size=args.image_size // factor, in_channels=channels, num_classes=args.num_classes,
+            class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma,
+            **{name: size for name, size in sizes.items() if size is not None},
+        ).config  # fmt: skip
+
+
+def sampling_defaults(args):
+    """How this run's checkpoints are sampled unless told otherwise."""
+    given = dict(cfg_scale=args.cfg_scale, steps=args.num_sampling_steps, sampler=args.sampler)
+    return {**DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
+
+
+def source(args):
+    """Where the training data comes from, in a word."""
+    return args.feature_path or args.data_path or args.dataset
+
+
+def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size):
+    """What --dry-run shows."""
+    with torch.device("meta"):
+        model = DiT(**model_config)
+    parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
+    height, width = model.input_size
+    print(
+        f"model        {checkpoint.describe_model(model.config)}: {parameters:,} parameters,"
+        f" {macs / 1e9:.2f} GMACs"
+    )
+    print(
+        f"input        {height}x{width}x{model.in_channels} by {resolve_vae(args.vae)},"
+        f" of {args.image_size} pixels"
+    )
+    print(f"data         {len(dataset):,} images, {args.num_classes} classes ({source(args)})")
+    print(
+        f"training     {total:,} steps of {args.global_batch_size} on {world_size} process(es), "
+        f"{total / steps_per_epoch:.1f} epochs, {3 * 2 * macs * args.global_batch_size / 1e12:.2f}"
+        " TFLOP a step"
+    )
+    print("Options are sound; nothing was written.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+
+def build_parser():
+    """The command-line options."""
+    # fmt: off
+    parser = PresetParser(description=__doc__)
+    parser.add_argument("--preset", choices=list(PRESETS), default=None,
+                        help="defaults for all other options; one given by hand wins (default: none)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check options and data, show the plan, write nothing (default: off)")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="folder",
+                       help="a folder of images, the embedded digits, or CIFAR-10 (default: folder)")
+    group.add_argument("--data-path", default=None, metavar="FOLDER",
+                       help="images, one subfolder a class or all in one; for cifar10, where to keep"
+                       " it, or data (default: none)")
+    group.add_argument("--feature-path", default=None, metavar="FOLDER",
+                       help="latents cached by extract_features.py, in place of images (default: none)")
+    group.add_argument("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+                       help="train on the next image in place of an unreadable one, and count them, rather"
+                       " than save and stop (default: off)")
+    group.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
+                       help="side of the square that images are cropped to (default: 256)")
+    group.add_argument("--num-classes", type=int, default=None, metavar="N",
+                       help="rows of the label table, null label aside; 0 for an unconditional model"
+                       " (default: as many as the data set has)")
+    group.add_argument("--num-workers", type=int, default=4, metavar="N",
+                       help="processes that read images, for each training process (default: 4)")
+    add_vae_argument(group, default="ema")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=list(DiT_models), default="DiT-XL/2",
+                       help="size S, B, L or XL, and side of a patch in latent pixels (default: DiT-XL/2)")
+    group.add_argument("--depth", type=int, default=None, metavar="BLOCKS",
+                       help="blocks, in place of the model's (default: the model's)")
+    group.add_argument("--hidden-size", type=int, default=None, metavar="WIDTH",
+                       help="channels of a token, in place of the model's (default: the model's)")
+    group.add_argument("--num-heads", type=int, default=None, metavar="HEADS",
+                       help="attention heads, in place of the model's (default: the model's)")
+    group.add_argument("--patch-size", type=int, default=None, metavar="SIDE",
+                       help="latent pixels a side of a patch, in place of the model's (default: the model's)")
+    group.add_argument("--class-dropout-prob", type=float, default=0.1, metavar="SHARE",
+                       help="share of labels dropped, for guidance; 0 for none (default: 0.1)")
+    group.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
+                       help="predict the variance too, with twice the channels (default: on)")
+    group.add_argument("--noise-schedule", choices=("linear", "squaredcos_cap_v2"), default="linear",
+                       help="how noise grows over the 1000 steps (default: linear)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=1400, metavar="N",
+                       help="passes over the data (default: 1400)")
+    group.add_argument("--max-steps", type=int, default=None, metavar="STEPS",
+                       help="optimiser steps, in place of --epochs (default: none)")
+    group.add_argument("--global-batch-size", type=int, default=256, metavar="IMAGES",
+                       help="images a step, over all processes (default: 256)")
+    group.add_argument("--global-seed", type=int, default=0, metavar="SEED",
+                       help="of initialisation, order and noise (default: 0)")
+    group.add_argument("--lr", type=float, default=1e-4, metavar="RATE",
+                       help="AdamW's learning rate (default: 1e-4)")
+    group.add_argument("--warmup-steps", type=int, default=0, metavar="STEPS",
+                       help="over which the learning rate rises from 0 (default: 0)")
+    group.add_argument("--weight-decay", type=float, default=0.0, metavar="RATE",
+                       help="AdamW's weight decay (default: 0)")
+    group.add_argument("--clip-grad", type=float, default=None, metavar="NORM",
+                       help="scale gradients down to this norm where it is larger (default: none)")
+    group.add_argument("--grad-accum-steps", type=int, default=1, metavar="PARTS",
+                       help="parts that a batch is cut into, one after the other, for memory (default: 1)")
+    group.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                       help="recompute blocks in the backward pass, for memory (default: off)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="compile the blocks with torch.compile (default: off)")
+    group.add_argument("--init-from", default=None, metavar="FILE",
+                       help="checkpoint whose weights to start from, as far as they fit (default: none)")
+    group.add_argument("--ema-decay", type=float, default=0.9999, metavar="DECAY",
+                       help="a step, of the averaged weights that are sampled (default: 0.9999)")
+    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False,
+                       help="average over a tenth of the steps so far at most, for short runs (default: off)")
+    group.add_argument("--timestep-sampler", choices=list(SCHEDULE_SAMPLERS), default="uniform",
+                       help="how training times are drawn (default: uniform)")
+    add_precision_argument(group)
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--results-dir", default="results", metavar="FOLDER",
+                       help="where runs make their folders (default: results)")
+    group.add_argument("--resume", default="auto", metavar="RUN",
+                       help="continue the newest unfinished run of --results-dir with the same settings,"
+                       " none, or the run of this folder or checkpoint (default: auto)")
+    group.add_argument("--keep-checkpoints", type=int, default=0, metavar="N",
+                       help="delete all but the last N; 0 keeps all (default: 0)")
+    group.add_argument("--sample-every", type=int, default=None, metavar="STEPS",
+                       help="steps between two pictures; 0 for none at all (default: only at the end)")
+    group.add_argument("--eval-every", type=int, default=0, metavar="STEPS",
+                       help="steps between two losses of the averaged weights on held-out images, a fiftieth"
+                       " of the data, at most 1024; 0 holds none out (default: 0)")
+    group.add_argument("--wandb", action=argparse.BooleanOptionalAction, default=False,
+                       help="log to Weights & Biases too (default: off)")
+    group.add_argument("--log-every", type=int, default=100, metavar="STEPS",
+                       help="steps between two lines of the log (default: 100)")
+    group.add_argument("--ckpt-every", type=int, default=50_000, metavar="STEPS",
+                       help="steps between two checkpoints; there is always one at the end (default: 50000)")
+
+    add_sampling_arguments(parser.add_argument_group("samples at the end, and defaults kept for sample.py"))
+    # fmt: on
+    return parser
+
+
+class PresetParser(Parser):
+    """A parser whose --preset sets the other options' defaults; `by_hand` in its result names those given."""
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args)
+        # What a namespace already holds, argparse takes for the default; here a mark of what was not given:
+        marked = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(found), self)))
+        by_hand = sorted(name for name, value in vars(marked).items() if value is not self)
+        preset = dict(PRESETS[found.preset]) if found.preset else {}
+        if "epochs" in by_hand:
+            preset.pop("max_steps", None)
+        if "model" in by_hand:  # whose sizes the preset may have changed
+            for name in ("depth", "hidden_size", "num_heads", "patch_size"):
+                preset.pop(name, None)
+        return super().parse_args(args, argparse.Namespace(**preset, by_hand=by_hand))

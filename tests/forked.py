@@ -1,0 +1,79 @@
+"""Training runs in processes of their own that start at once, forked from a server that imported train."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+
+from conftest import ROOT
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["train"])
+
+
+def start(argv, output, environment=None, before=None):
+    """Start `train.py argv` with standard output and error in a file; before: a function called first."""
+    process = _context.Process(target=_run, args=([*map(str, argv)], str(output), environment or {}, before))
+    process.start()
+    return process
+
+
+def start_two(argv, output, before=None):
+    """The same as two processes that train together; output gets .0 and .1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    return [
+        start(argv, f"{output}.{rank}", dict(together, RANK=str(rank), LOCAL_RANK=str(rank)), before)
+        for rank in range(2)
+    ]
+
+
+def _run(argv, output, environment, before):
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import train
+    from runtime import launch
+
+    torch.set_num_threads(1)  # enough for models this small, and two runs share two cores
+    if before is not None:
+        before()
+    sys.argv = ["train.py", *argv]
+    parser = train.build_parser()
+    parser.prog = "train.py"
+    launch(train.main, parser)
+
+
+def finish(*processes, timeout=120):
+    """Wait for processes and return their exit codes."""
+    for process in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError("a run did not end")
+    return [process.exitcode for process in processes]
+
+
+def rows(folder):
+    """What metrics.jsonl holds by now."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def wait_for_step(folder, step, processes, timeout=60):
+    """Return as soon as a run has logged a step, or ended."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if any(row["step"] >= step for row in rows(folder)) or not all(p.is_alive() for p in processes):
+            return
+        time.sleep(0.001)
+    raise TimeoutError(f"step {step} was not reached")

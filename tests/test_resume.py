@@ -1,0 +1,243 @@
+"""A run killed at any moment and started again by the same command ends as one that was not, bit for bit."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from forked import finish, rows, start, start_two, wait_for_step
+from test_train import SMALL
+
+import checkpoint
+
+ARGV = [*SMALL, "--max-steps", 40, "--ckpt-every", 8, "--log-every", 3, "--sample-every", 0, "--ema-warmup"]
+TIMING = {"steps_per_sec", "memory_gib"}
+
+
+def folder_of(results, number=0):
+    return results / f"{number:03d}-DiT-S-2"
+
+
+def outcome(folder):
+    """All that a finished run computed: its last checkpoint's tensors, and its metrics but for times."""
+    contents = checkpoint.load(str(folder / "checkpoints" / "0000040.pt")).contents
+    numbers = [{name: value for name, value in row.items() if name not in TIMING} for row in rows(folder)]
+    return {name: contents[name] for name in ("model", "ema", "opt")}, numbers
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_outcome(one, other):
+    (weights, numbers), (other_weights, other_numbers) = outcome(one), outcome(other)
+    assert numbers == other_numbers and [row["step"] for row in numbers] == [*range(3, 40, 3), 40]
+    assert same(weights, other_weights)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of an undisturbed run."""
+    root = tmp_path_factory.mktemp("straight")
+    assert finish(start([*ARGV, "--results-dir", root], root / "out")) == [0], (root / "out").read_text()
+    return folder_of(root)
+
+
+@pytest.fixture(scope="module")
+def straight_two(tmp_path_factory):
+    """The same of two processes."""
+    root = tmp_path_factory.mktemp("straight_two")
+    assert finish(*start_two([*ARGV, "--results-dir", root], root / "out")) == [0, 0]
+    return folder_of(root)
+
+
+def kill_and_continue(results, runs, kill_steps, pause):
+    """Start a run again and again, each time killed after a step, then let it finish."""
+    for kill_step in [*kill_steps, None]:
+        processes = runs([*ARGV, "--results-dir", results], results / "out")
+        if kill_step is None:
+            assert set(finish(*processes)) == {0}
+            return
+        wait_for_step(folder_of(results), kill_step, processes)
+        time.sleep(pause)
+        for process in processes:
+            process.kill()
+        finish(*processes)
+
+
+def one(argv, output):
+    return [start(argv, output)]
+
+
+@pytest.mark.parametrize("runs, reference", [(one, "straight"), (start_two, "straight_two")])
+def test_killed_and_continued(tmp_path, request, runs, reference):
+    kill_and_continue(tmp_path, runs, [21, 30], pause=0.003)
+    assert_same_outcome(folder_of(tmp_path), request.getfixturevalue(reference))
+    assert not folder_of(tmp_path, 1).exists()
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(tmp_path, straight):
+    generator = random.Random(0)
+    for number in range(20):
+        results = tmp_path / str(number)
+        results.mkdir()
+        kill_and_continue(results, one, [generator.randrange(3, 39)], pause=generator.random() * 0.03)
+        assert_same_outcome(folder_of(results), straight)
+
+
+def die_in_the_second_save():
+    saves, save = itertools.count(1), torch.save
+
+    def half_then_die(contents, file):
+        if next(saves) == 2:
+            file.write(b"half of a checkpoint")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(contents, file)
+
+    torch.save = half_then_die
+
+
+def test_killed_inside_a_checkpoint_write(tmp_path, straight):
+    run = start([*ARGV, "--results-dir", tmp_path], tmp_path / "out", before=die_in_the_second_save)
+    assert finish(run) == [-signal.SIGKILL]
+    folder = folder_of(tmp_path) / "checkpoints"
+    assert sorted(os.listdir(folder)) == ["0000008.pt", "0000016.pt.tmp"]
+    assert finish(start([*ARGV, "--results-dir", tmp_path], tmp_path / "out")) == [0]
+    assert_same_outcome(folder_of(tmp_path), straight)
+    assert "0000016.pt.tmp" not in os.listdir(folder)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, straight):
+    (run,) = one([*ARGV, "--results-dir", tmp_path], tmp_path / "out")
+    wait_for_step(folder_of(tmp_path), 18, [run])
+    run.kill()
+    finish(run)
+    (folder_of(tmp_path) / "checkpoints" / "0000016.pt").write_bytes(b"junk")
+    assert finish(start([*ARGV, "--results-dir", tmp_path], tmp_path / "out")) == [0]
+    assert "Continuing after step 8" in (tmp_path / "out").read_text()
+    assert_same_outcome(folder_of(tmp_path), straight)
+
+
+@pytest.mark.parametrize(
+    "number, runs, reference",
+    [
+        (signal.SIGTERM, one, "straight"),
+        (signal.SIGINT, one, "straight"),
+        (signal.SIGTERM, start_two, "straight_two"),
+    ],
+)
+def test_a_signal_saves_and_exits(tmp_path, request, number, runs, reference):
+    argv = [*ARGV, "--results-dir", tmp_path]
+    processes = runs(argv, tmp_path / "out")
+    wait_for_step(folder_of(tmp_path), 12, processes)
+    os.kill(processes[0].pid, number)  # the other is told
+    assert set(finish(*processes, timeout=10)) == {0}
+    (log,) = tmp_path.glob("out*0") if len(processes) == 2 else [tmp_path / "out"]
+    assert "run the same command again to continue" in log.read_text()
+    assert set(finish(*runs(argv, tmp_path / "out"))) == {0}
+    assert_same_outcome(folder_of(tmp_path), request.getfixturevalue(reference))
+
+
+def test_which_run_is_continued(tmp_path, straight):
+    """auto: the unfinished one of equal settings; a finished, a different or a living one is left alone."""
+
+    def run(*more):
+        process = start([*ARGV, "--results-dir", tmp_path, *more], tmp_path / "out")
+        return process, (tmp_path / "out")
+
+    first, _ = run()
+    wait_for_step(folder_of(tmp_path), 12, [first])
+    first.kill()
+    finish(first)
+    assert finish(run("--lr", "2e-3")[0]) == [0]  # other settings: a run of its own
+    assert not (folder_of(tmp_path) / ".finished").exists() and folder_of(tmp_path, 1).exists()
+    assert finish(run("--resume", "never")[0]) == [0] and folder_of(tmp_path, 2).exists()
+    assert finish(run("--num-workers", "1", "--keep-checkpoints", "2")[0]) == [0]  # how, not what
+    assert_same_outcome(folder_of(tmp_path), straight)
+    assert len(os.listdir(folder_of(tmp_path) / "checkpoints")) == 2
+    assert finish(run()[0]) == [0] and folder_of(tmp_path, 3).exists()  # all finished: afresh
+
+    living, _ = run("--max-steps", "100000", "--results-dir", tmp_path / "other")
+    wait_for_step(folder_of(tmp_path / "other"), 3, [living])
+    process, out = run("--resume", folder_of(tmp_path / "other"))
+    assert finish(process) == [2] and "that run is still running" in out.read_text()
+    living.kill()
+    finish(living)
+
+
+def test_a_given_run_is_continued_with_other_options(tmp_path):
+    argv = [*ARGV, "--results-dir", tmp_path]
+    assert finish(start(argv, tmp_path / "out")) == [0]
+    more = [*argv, "--max-steps", 48, "--resume", folder_of(tmp_path)]
+    assert finish(start(more, tmp_path / "out")) == [0], (tmp_path / "out").read_text()
+    assert [row["step"] for row in rows(folder_of(tmp_path))][-3:] == [42, 45, 48]
+    assert finish(start([*argv, "--resume", tmp_path], tmp_path / "out")) == [2]
+    assert "no run's folder (no args.json)" in (tmp_path / "out").read_text()
+
+
+def torchrun(*options):
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return lambda *argv: subprocess.Popen(
+        [*command, *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun(tmp_path, straight_two):
+    """Both workers save and exit 0 within 10 s; killed outright later on, the run still ends the same."""
+    launch = torchrun("--standalone", "--nproc_per_node=2")
+    run = launch(*ARGV, "--results-dir", tmp_path)
+    _wait(folder_of(tmp_path), 6)
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    sent = time.monotonic()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGTERM)
+    assert run.wait(timeout=60) == 0, run.stdout.read()
+    assert time.monotonic() - sent < 10
+    assert "run the same command again to continue" in run.stdout.read()
+    run = launch(*ARGV, "--results-dir", tmp_path)
+    _wait(folder_of(tmp_path), 27)
+    os.killpg(run.pid, signal.SIGKILL)
+    for worker in subprocess.run(
+        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True
+    ).stdout.split():
+        os.kill(int(worker), signal.SIGKILL)
+    run.wait()
+    assert launch(*ARGV, "--results-dir", tmp_path).wait(timeout=120) == 0
+    assert_same_outcome(folder_of(tmp_path), straight_two)
+
+
+def _wait(folder, step, timeout=90):
+    deadline = time.monotonic() + timeout
+    while not any(row["step"] >= step for row in rows(folder)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path, straight_two):
+    """Two torchrun agents with a process each, found by c10d rendezvous, train as one agent with two."""
+    launches = [
+        torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29513",
+                 "--rdzv-id=dit")
+        for _ in range(2)
+    ]  # fmt: skip
+    runs = [launch(*ARGV, "--results-dir", tmp_path) for launch in launches]
+    assert [run.wait(timeout=200) for run in runs] == [0, 0], runs[0].stdout.read()
+    assert_same_outcome(folder_of(tmp_path), straight_two)
