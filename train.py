@@ -128,6 +128,7 @@ def main(args):
     )
 
     def save(step):
+        watch.check(processes, path)
         state = dict(
             model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), args=vars(args),
             step=step, timestep_sampler=timestep_sampler.state_dict(),
@@ -139,9 +140,7 @@ def main(args):
             ),
         )  # fmt: skip
         processes.assert_same(model.parameters())
-        path = processes.on_main(write_checkpoint, experiment, state, args.keep_checkpoints, logger)
-        processes.barrier()
-        return path
+        return processes.on_main(write_checkpoint, experiment, state, args.keep_checkpoints, logger)
 
     def sample(step):
         sampler = Sampler(ema, process, autoencoder, device, sampling_defaults(args))
@@ -150,7 +149,7 @@ def main(args):
 
     # Train:
     parallel.train()
-    metrics, watch = None, Watch(device)
+    metrics = None
     if processes.is_main:
         metrics = Metrics(folder, logger, start_step=start, use_wandb=args.wandb, settings=vars(args))
     order = BatchOrder(
@@ -159,48 +158,48 @@ def main(args):
     )  # fmt: skip
     batches = create_loader(Guarded(training_set, args.skip_bad_images), order, args.num_workers, device)
     rate = 6 * count_macs(model) * args.global_batch_size / world_size  # FLOP a step and device
-    stop, path = StopRequest(processes), resume_path
-    bar = tqdm(total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
-               dynamic_ncols=True)  # fmt: skip
-    for step, (images, labels, problems) in enumerate(batches, start=start + 1):
-        signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
-        if signalled or unreadable:
-            bar.close()
-            path = save(step - 1) if step - 1 > start else path
-            end_early(problems, unreadable, step - 1, path, logger)
-            return
-        meter.add_skipped(len(problems))
+    stop, watch, path = StopRequest(processes), Watch(device), resume_path
+    bar = tqdm(
+        total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
+        dynamic_ncols=True,
+    )  # fmt: skip
+    with bar:
+        for step, (images, labels, problems) in enumerate(batches, start=start + 1):
+            signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
+            if signalled or unreadable:
+                path = save(step - 1) if step - 1 > start else path
+                end_early(problems, unreadable, step - 1, path, logger)
+                return
+            meter.add_skipped(len(problems))
 
-        draws = draw_step(args, step, processes, timestep_sampler, model)
-        set_learning_rate(optimizer, args.lr * min(1.0, step / max(1, args.warmup_steps)))
-        optimizer.zero_grad(set_to_none=True)
-        terms = backward(process, network, parallel, autoencoder, images, labels, draws, args)
-        norm = gradient_norm(parallel, args.clip_grad)
-        watch.look(step, norm, terms["loss"])
-        optimizer.step()
-        update_ema(ema, model, ema_decay(args, step))
-        timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
-        meter.add(terms, draws["t"] * 4 // process.num_timesteps)
-        bar.update()
+            draws = draw_step(args, step, processes, timestep_sampler, model)
+            set_learning_rate(optimizer, args.lr * min(1.0, step / max(1, args.warmup_steps)))
+            optimizer.zero_grad(set_to_none=True)
+            terms = backward(process, network, parallel, autoencoder, images, labels, draws, args)
+            norm = gradient_norm(parallel, args.clip_grad)
+            watch.look(step, norm, terms["loss"])
+            optimizer.step()
+            update_ema(ema, model, ema_decay(args, step))
+            timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
+            meter.add(terms, draws["t"] * 4 // process.num_timesteps)
+            bar.update()
 
-        if step % args.log_every == 0 or step == total:
-            watch.check(processes, path)
-            means = meter.read(processes)
-            if processes.is_main:
-                report(means, norm, step, total, rate, args, device, metrics, logger, bar)
-        if args.eval_every and step % args.eval_every == 0:
-            loss = evaluate(process, ema, autoencoder, held_out, args, processes)
-            if processes.is_main:
-                metrics.write(step, eval_loss=loss)
-                logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
-        if step % args.ckpt_every == 0 and step < total:
-            watch.check(processes, path)
-            path = save(step)
-        if args.sample_every and step % args.sample_every == 0 and step < total:
-            if processes.is_main:
-                sample(step)
-            processes.barrier()
-    bar.close()
+            if step % args.log_every == 0 or step == total:
+                watch.check(processes, path)
+                means = meter.read(processes)
+                if processes.is_main:
+                    report(means, norm, step, total, rate, args, device, metrics, logger, bar)
+            if args.eval_every and step % args.eval_every == 0:
+                loss = evaluate(process, ema, autoencoder, held_out, args, processes)
+                if processes.is_main:
+                    metrics.write(step, eval_loss=loss)
+                    logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
+            if args.sample_every and step % args.sample_every == 0 and step < total:
+                if processes.is_main:
+                    sample(step)
+                processes.barrier()
+            if step % args.ckpt_every == 0 and step < total:
+                path = save(step)
     path = save(total) if total > start else path
     leave_group()
 

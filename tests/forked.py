@@ -1,5 +1,6 @@
 """Training runs in processes of their own that start at once, forked from a server that imported train."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -10,29 +11,33 @@ import time
 from conftest import ROOT
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train"])
+_context.set_forkserver_preload(["train", "extract_features", "diffusers"])
 
 
-def start(argv, output, environment=None, before=None):
+def start(argv, output, environment=None, before=None, command="train"):
     """Start `train.py argv` with standard output and error in a file; before: a function called first."""
-    process = _context.Process(target=_run, args=([*map(str, argv)], str(output), environment or {}, before))
+    process = _context.Process(
+        target=_run, args=([*map(str, argv)], str(output), environment or {}, before, command)
+    )
     process.start()
     return process
 
 
-def start_two(argv, output, before=None):
-    """The same as two processes that train together; output gets .0 and .1."""
+def start_two(argv, output, before=None, command="train", count=2):
+    """The same as two processes, or as many, that work together; output gets .0 and .1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    together = dict(
+        WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+    )
     return [
-        start(argv, f"{output}.{rank}", dict(together, RANK=str(rank), LOCAL_RANK=str(rank)), before)
-        for rank in range(2)
+        start(argv, f"{output}.{rank}", dict(together, RANK=str(rank), LOCAL_RANK=str(rank)), before, command)
+        for rank in range(count)
     ]
 
 
-def _run(argv, output, environment, before):
+def _run(argv, output, environment, before, command):
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -40,16 +45,15 @@ def _run(argv, output, environment, before):
     sys.path.insert(0, str(ROOT))
     import torch
 
-    import train
     from runtime import launch
+
+    module = importlib.import_module(command)
 
     torch.set_num_threads(1)  # enough for models this small, and two runs share two cores
     if before is not None:
         before()
-    sys.argv = ["train.py", *argv]
-    parser = train.build_parser()
-    parser.prog = "train.py"
-    launch(train.main, parser)
+    sys.argv = [f"{command}.py", *argv]
+    launch(module.main, module.build_parser())
 
 
 def finish(*processes, timeout=120):

@@ -193,8 +193,8 @@ def torchrun(*options):
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     return lambda *argv: subprocess.Popen(
-        [*command, *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        [*command, *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
     )  # fmt: skip
 
 

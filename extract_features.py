@@ -1,0 +1,234 @@
+"""Encode a folder of images once, so that training need not: a cache of VAE posteriors.
+
+    python extract_features.py --data-path /path/to/images --features-path features
+    torchrun --nproc_per_node=8 extract_features.py --data-path /path/to/imagenet/train
+    torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --feature-path features
+
+Kept are the moments, mean and log-variance, of every image and of its mirror image, in half precision:
+training still draws a fresh latent and a fresh flip every time. ImageNet at 256 pixels takes 42 GB.
+
+Run the same command again after an interruption: finished shards stay. The files are the same, byte for byte,
+whatever the number of processes.
+
+    features/
+        manifest.json        VAE, scale, resolution, classes, counts, checksums, statistics
+        moments-00000.npy    float16 (images, 2, 2 channels, h, w): the image, then its mirror image
+        labels-00000.npy     int64 (images,)
+"""
+
+import hashlib
+import json
+import math
+import os
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from autoencoder import add_vae_argument, describe_vae, load_autoencoder
+from data import MANIFEST, Guarded, create_loader, open_dataset
+from runtime import (
+    Parser,
+    UserError,
+    add_precision_argument,
+    create_logger,
+    launch,
+    set_precision,
+    start_processes,
+)
+
+
+def main(args):
+    """Encode a folder of images once, so that training need not."""
+    # Check the options, and open the data:
+    for name in ("image_size", "per_proc_batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.vae == "none":
+        raise UserError("--vae none: pixels need no cache; train.py reads the images themselves")
+    processes = start_processes()
+    set_precision(args.precision, processes.device)
+    dataset = open_dataset("folder", args.data_path, args.image_size)
+    _, factor, _ = describe_vae(args.vae, dataset.channels)
+    if args.image_size % factor:
+        raise UserError(
+            f"--image-size {args.image_size}: must be divisible by {factor} (the VAE's downsampling)"
+        )
+    logger = create_logger(enabled=processes.is_main)
+    if args.dry_run:
+        logger.info(f"{len(dataset):,} images, {len(dataset.classes)} classes; nothing was written.")
+        return
+    autoencoder = load_autoencoder(args.vae, processes.device)
+
+    # Begin a cache, or go on with an unfinished one:
+    manifest = dict(
+        complete=False, vae=autoencoder.config, image_size=args.image_size, classes=dataset.classes,
+        count=len(dataset), shard_size=shard_size(len(dataset)),
+    )  # fmt: skip
+    if processes.on_main(begin, args.features_path, manifest):
+        logger.info(f"{args.features_path} is complete; remove it to extract again")
+        return
+
+    # Encode, a shard to a process at a time:
+    shards = range(math.ceil(manifest["count"] / manifest["shard_size"]))
+    mine = [shard for shard in shards[processes.rank :: processes.world_size]
+            if read_note(args.features_path, shard) is None]  # fmt: skip
+    mistakes = processes.gather(encode_shards(mine, dataset, autoencoder, manifest, args, processes))
+    for mistake in filter(None, mistakes):
+        raise UserError(mistake)
+
+    # Sum up:
+    if processes.is_main:
+        complete(args.features_path, manifest, shards)
+        latents = manifest["latents"]
+        logger.info(
+            f"Encoded {manifest['count']:,} images into {args.features_path}; latents have mean"
+            f" {latents['mean']:.3f} and standard deviation {latents['std']:.3f} after scaling"
+        )
+    processes.barrier()
+
+
+def shard_size(count):
+    """Images a shard: at most 4096, and few enough that 64 processes can share the work."""
+    return max(1, min(4096, math.ceil(count / 64)))
+
+
+def begin(folder, manifest):
+    """Write the manifest of an unfinished cache; whether the folder already holds the complete one.
+
+    Raises UserError where it holds another.
+    """
+    path = os.path.join(folder, MANIFEST)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(path):
+            with open(path) as file:
+                found = json.load(file)
+            for name in manifest.keys() - {"complete"}:
+                if found.get(name) != manifest[name]:
+                    raise UserError(
+                        f"--features-path {folder}: holds a cache of other {name.replace('_', ' ')}; give"
+                        " another folder, or remove it"
+                    )
+            return found["complete"]
+        write_json(path, manifest)
+    except OSError as error:
+        raise UserError(f"--features-path {folder}: cannot be written to ({error.strerror})") from error
+    return False
+
+
+def encode_shards(shards, dataset, autoencoder, manifest, args, processes):
+    """Write these shards; returns what image could not be read, in a line, or None."""
+    size, count = manifest["shard_size"], manifest["count"]
+    batches, places = [], []
+    for shard in shards:
+        indices = range(shard * size, min((shard + 1) * size, count))
+        for start in range(0, len(indices), args.per_proc_batch_size):
+            batches.append([(i, False) for i in indices[start : start + args.per_proc_batch_size]])
+            places.append((shard, start, len(indices)))
+    loader = create_loader(Guarded(dataset, skip=False), batches, args.num_workers, processes.device)
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc="Encoding", unit="image", disable=not processes.is_main) as bar:
+        for (shard, start, length), (images, labels, problems) in zip(places, loader):
+            if problems:
+                return problems[0]
+            if start == 0:
+                moments, shard_labels = [], []
+            images = images.to(processes.device, non_blocking=True)
+            both = [autoencoder.moments(view) for view in (images, images.flip(-1))]
+            moments.append(torch.stack(both, dim=1).half().cpu().numpy())
+            shard_labels.append(labels.numpy())
+            bar.update(len(images))
+            if start + len(images) == length:
+                finish_shard(args.features_path, shard, np.concatenate(moments), np.concatenate(shard_labels),
+                             autoencoder)  # fmt: skip
+
+
+def finish_shard(folder, shard, moments, labels, autoencoder):
+    """Write a shard's files, and the note that says they are whole."""
+    note = dict(moments=f"moments-{shard:05d}.npy", labels=f"labels-{shard:05d}.npy", count=len(labels))
+    for kind, values in (("labels", labels), ("moments", moments)):
+        path = os.path.join(folder, note[kind])
+        try:
+            with open(path + ".tmp", "wb") as file:
+                np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: could not be written ({error.strerror}); make room and run the same command again"
+            ) from error
+    with open(path, "rb") as file:
+        note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    mean, logvar = np.split(moments.astype(np.float64), 2, axis=2)
+    mean = (mean - autoencoder.shift) * autoencoder.scale
+    square = mean**2 + np.exp(logvar) * autoencoder.scale**2
+    note |= dict(values=mean.size, sum=float(mean.sum()), square=float(square.sum()))
+    write_json(note_path(folder, shard), note)
+
+
+def note_path(folder, shard):
+    """Where the note of a finished shard is kept until the manifest takes it up."""
+    return os.path.join(folder, f"shard-{shard:05d}.json")
+
+
+def read_note(folder, shard):
+    """The note of a finished shard whose files are there, or None."""
+    try:
+        with open(note_path(folder, shard)) as file:
+            note = json.load(file)
+        whole = os.path.getsize(os.path.join(folder, note["moments"])) == note["bytes"]
+        return note if whole and os.path.exists(os.path.join(folder, note["labels"])) else None
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def complete(folder, manifest, shards):
+    """Take the notes of all shards up into the manifest, and mark it complete."""
+    notes = [read_note(folder, shard) for shard in shards]
+    if None in notes:
+        raise UserError(
+            f"--features-path {folder}: shard {notes.index(None)} is missing; run the same command again"
+        )
+    n, total, square = (math.fsum(note.pop(name) for note in notes) for name in ("values", "sum", "square"))
+    mean = total / n
+    manifest["latents"] = dict(mean=mean, std=math.sqrt(square / n - mean**2))
+    write_json(os.path.join(folder, MANIFEST), dict(manifest, complete=True, shards=notes))
+    for shard in shards:
+        os.remove(note_path(folder, shard))
+
+
+def write_json(path, data):
+    """Write plain data, whole or not at all."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def build_parser():
+    """The command-line options."""
+    # fmt: off
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data-path", default=None, metavar="FOLDER",
+                        help="images, one subfolder a class or all in one (default: none)")
+    parser.add_argument("--features-path", default="features", metavar="FOLDER",
+                        help="where the cache is written (default: features)")
+    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
+                        help="side of the square that images are cropped to (default: 256)")
+    add_vae_argument(parser, default="ema")
+    parser.add_argument("--per-proc-batch-size", type=int, default=32, metavar="IMAGES",
+                        help="images encoded at a time by each process (default: 32)")
+    parser.add_argument("--num-workers", type=int, default=4, metavar="N",
+                        help="processes that read images, for each encoding process (default: 4)")
+    add_precision_argument(parser)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check options and data, write nothing (default: off)")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, build_parser())

@@ -1,0 +1,163 @@
+"""extract_features.py: the same bytes however they are made, and training on them as on the images."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from forked import finish, rows, start, start_two
+from test_autoencoder import save_vae
+from test_data import write_image
+
+from autoencoder import load_autoencoder
+from data import MANIFEST, LatentCache, open_dataset
+from extract_features import shard_size
+from runtime import UserError
+
+COUNT = 150  # images, in shards of three
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with images of two classes, and a VAE."""
+    root = tmp_path_factory.mktemp("source")
+    for i in range(COUNT):
+        write_image(root / "images" / "ab"[i % 2] / f"{i:03d}.png", size=(24, 18), seed=i)
+    save_vae(root / "vae")
+    return root
+
+
+def arguments(source, folder):
+    return ["--data-path", source / "images", "--vae", source / "vae", "--image-size", 16, "--num-workers", 0,
+            "--per-proc-batch-size", 2, "--features-path", folder]  # fmt: skip
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+@pytest.fixture(scope="module")
+def cache(source, tmp_path_factory):
+    """A cache made by one process."""
+    folder = tmp_path_factory.mktemp("cache") / "features"
+    run = start(arguments(source, folder), folder.parent / "out", command="extract_features")
+    assert finish(run) == [0], (folder.parent / "out").read_text()
+    assert f"Encoded {COUNT} images" in (folder.parent / "out").read_text()
+    return folder
+
+
+def test_what_is_in_it(source, cache):
+    dataset, images = LatentCache(str(cache)), open_dataset("folder", str(source / "images"), 16)
+    assert sorted(set(os.listdir(cache)) - {MANIFEST})[-1] == "moments-00049.npy" and shard_size(COUNT) == 3
+    assert len(dataset) == len(images) and dataset.classes == ["a", "b"] and dataset.image_size == 16
+    vae = load_autoencoder(str(source / "vae"), "cpu")
+    for index, mirrored in [(0, False), (77, True), (149, False), (149, True)]:
+        moments, label = dataset[(index, mirrored)]
+        image, expected = images[(index, mirrored)]
+        assert label == expected and moments.shape == (8, 4, 4)
+        torch.testing.assert_close(moments, vae.moments(image[None])[0], atol=2e-3, rtol=2e-3)
+    manifest = json.loads((cache / MANIFEST).read_text())
+    latents = torch.cat([
+        vae.encode(images[(i, False)][0].expand(50, -1, -1, -1), torch.randn(50, 4, 4, 4)) for i in range(20)
+    ])  # fmt: skip
+    assert manifest["latents"]["mean"] == pytest.approx(latents.mean().item(), abs=0.05)
+    assert manifest["latents"]["std"] == pytest.approx(latents.std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_same_bytes_from_any_number_of_processes(source, cache, tmp_path, count):
+    runs = start_two(
+        arguments(source, tmp_path / "f"), tmp_path / "out", command="extract_features", count=count
+    )
+    assert set(finish(*runs)) == {0}
+    assert contents(tmp_path / "f") == contents(cache)
+
+
+def test_same_bytes_after_a_kill(source, cache, tmp_path):
+    argv, folder = arguments(source, tmp_path / "f"), tmp_path / "f"
+    run = start(argv, tmp_path / "out", command="extract_features")
+    while not (folder / "shard-00020.json").exists():
+        assert run.is_alive()
+    run.kill()
+    finish(run)
+    with pytest.raises(UserError, match="unfinished; run the same extract_features.py command again"):
+        LatentCache(str(folder))
+    kept = {
+        name: os.stat(folder / name).st_mtime_ns for name in os.listdir(folder) if name.endswith("010.npy")
+    }
+    runs = start_two(argv, tmp_path / "out", command="extract_features")
+    assert set(finish(*runs)) == {0}
+    assert contents(folder) == contents(cache)
+    assert all(os.stat(folder / name).st_mtime_ns == time for name, time in kept.items()) and kept
+
+
+def train(source, *argv):
+    return [
+        "--model", "DiT-S/2", "--depth", 1, "--hidden-size", 32, "--num-heads", 2, "--image-size", 16,
+        "--num-workers", 0, "--global-batch-size", 10, "--max-steps", 20, "--log-every", 1,
+        "--sample-every", 0, *argv,
+    ]  # fmt: skip
+
+
+def test_training_on_the_cache_is_training_on_the_images(source, cache, tmp_path):
+    """The same draws and flips give the same losses, but for half precision."""
+    online = ["--data-path", source / "images", "--vae", source / "vae", "--results-dir", tmp_path / "online"]
+    cached = ["--feature-path", cache, "--results-dir", tmp_path / "cached"]
+    runs = [start(train(source, *argv), tmp_path / f"out{i}") for i, argv in enumerate((online, cached))]
+    assert finish(*runs) == [0, 0], (tmp_path / "out1").read_text()
+    losses = [[row["loss"] for row in rows(tmp_path / name / "000-DiT-S-2")] for name in ("online", "cached")]
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+def test_every_draw_is_fresh(source, cache):
+    """Over many draws, latents have the mean and variance that the cache holds."""
+    vae, dataset = load_autoencoder(str(source / "vae"), "cpu"), LatentCache(str(cache))
+    moments = dataset[(5, False)][0]
+    draws = vae.draw(moments.expand(4000, -1, -1, -1), torch.randn(4000, 4, 4, 4)) / vae.scale
+    mean, logvar = moments.chunk(2)
+    torch.testing.assert_close(draws.mean(0), mean, atol=0.08, rtol=0)
+    torch.testing.assert_close(draws.var(0), logvar.exp(), atol=0, rtol=0.2)
+    assert not torch.equal(dataset[(5, True)][0], moments)  # the mirror image is another
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--image-size", 32], "--image-size 32: {cache} was extracted at 16; give --image-size 16"),
+        (["--num-classes", 1], "--num-classes 1: the data set has 2; give at least that"),
+        (["--vae", "mse"], "--vae mse: {cache} was extracted with {vae}; leave it out"),
+        (["--data-path", "x"], "--data-path x: --feature-path stands in for it; leave one out"),
+    ],
+)
+def test_a_cache_that_does_not_fit(source, cache, tmp_path, argv, message):
+    argv = train(source, "--feature-path", cache, "--results-dir", tmp_path / "results", *argv)
+    assert finish(start(argv, tmp_path / "out")) == [2]
+    assert message.format(cache=cache, vae=source / "vae") in (tmp_path / "out").read_text()
+    assert not (tmp_path / "results").exists()
+
+
+def test_damaged_caches(source, cache, tmp_path):
+    folder = tmp_path / "f"
+    os.system(f"cp -r {cache} {folder}")
+    (folder / "moments-00003.npy").write_bytes(b"short")
+    with pytest.raises(UserError, match="moments-00003.npy: missing or cut short"):
+        LatentCache(str(folder))
+    with pytest.raises(UserError, match="no cache of extract_features.py"):
+        LatentCache(str(tmp_path))
+
+
+def test_refused_extractions(source, cache, tmp_path):
+    def refusal(*argv):
+        run = start([*arguments(source, tmp_path / "f"), *argv], tmp_path / "out", command="extract_features")
+        assert finish(run) == [2]
+        return (tmp_path / "out").read_text().splitlines()[-1]
+
+    assert "must be divisible by 4 (the VAE's downsampling)" in refusal("--image-size", 18)
+    assert "--vae none: pixels need no cache" in refusal("--vae", "none")
+    assert "holds a cache of other image size" in refusal("--features-path", cache, "--image-size", 20)
+    os.system(f"cp -r {source / 'images'} {tmp_path / 'images'}")
+    bad = tmp_path / "images" / "a" / "100.png"
+    bad.write_bytes(bad.read_bytes()[:500])
+    assert "100.png: cannot be read as an image" in refusal("--data-path", tmp_path / "images")

@@ -1,0 +1,259 @@
+"""What train.py can do besides: memory and precision, pictures and validation, fine-tuning, and faults."""
+
+import os
+import resource
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_rule_weights
+from forked import finish, rows, start, start_two
+from test_data import write_image
+from test_train import SMALL
+
+import checkpoint
+from models import DiT, DiT_models
+
+QUICK = [*SMALL, "--max-steps", 12, "--sample-every", 0]
+
+
+def run(folder, *argv, runs=None, expect=0, **options):
+    """Run train.py into a folder, check its exit code, and return the run's folder and what it printed."""
+    folder.mkdir(exist_ok=True)
+    argv = [*argv, "--results-dir", folder]
+    processes = runs(argv, folder / "out", **options) if runs else [start(argv, folder / "out", **options)]
+    codes = finish(*processes)
+    printed = "".join(path.read_text() for path in sorted(folder.glob("out*")))
+    assert set(codes) == {expect}, printed[-3000:]
+    return folder / "000-DiT-S-2", printed
+
+
+def losses(folder, name="loss"):
+    return [row[name] for row in rows(folder) if name in row]
+
+
+def weights(folder, step=12, which="raw"):
+    return checkpoint.load(str(folder / "checkpoints" / f"{step:07d}.pt")).state_dict(which)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory and precision
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("plain"), *QUICK, "--global-batch-size", 32)[0]
+
+
+@pytest.mark.parametrize("runs", [None, start_two])
+def test_accumulated_gradients(tmp_path, plain, runs):
+    """Four parts of 8 are a batch of 32; also with two processes, which exchange gradients once a step."""
+    folder, _ = run(tmp_path, *QUICK, "--global-batch-size", 32, "--grad-accum-steps", 4, runs=runs)
+    np.testing.assert_allclose(losses(folder), losses(plain), rtol=1e-5, atol=1e-5)
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(folder)[key], value, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("runs", [None, start_two])
+def test_checkpointed_blocks(tmp_path, plain, runs):
+    folder, _ = run(tmp_path, *QUICK, "--global-batch-size", 32, "--grad-checkpointing", runs=runs)
+    np.testing.assert_allclose(losses(folder), losses(plain), rtol=1e-5, atol=0)
+
+
+def gradients(model, precision="fp32"):
+    torch.manual_seed(0)
+    x, t, y = torch.randn(4, 4, 32, 32), torch.tensor([3, 200, 600, 990]), torch.tensor([1, 2, 3, 1000])
+    target = torch.randn(4, 8, 32, 32)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        out = model.train()(x, t, y, force_drop_ids=torch.zeros(4))
+    assert out.dtype == torch.float32  # the final layer's
+    (out - target).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gradients_of_checkpointed_blocks_are_the_same_bits():
+    model = load_rule_weights(DiT_models["DiT-S/8"](), 0.05)
+    plain = gradients(model)
+    model.grad_checkpointing = True
+    assert all(torch.equal(value, plain[name]) for name, value in gradients(model).items())
+
+
+def test_gradients_in_bf16():
+    """Those of every layer of S/2 point where float32's do."""
+    model = load_rule_weights(DiT_models["DiT-S/2"](), 0.02)
+    full, half = gradients(model), gradients(model, "bf16")
+    cosines = {
+        name: torch.nn.functional.cosine_similarity(half[name].flatten(), value.flatten(), dim=0).item()
+        for name, value in full.items()
+    }
+    assert min(cosines.values()) > 0.99, min(cosines, key=cosines.get)
+    assert all(value.dtype == torch.float32 for value in half.values())
+
+
+def test_bf16_trains_like_fp32(tmp_path, plain):
+    folder, _ = run(tmp_path, *QUICK, "--global-batch-size", 32, "--precision", "bf16")
+    np.testing.assert_allclose(losses(folder), losses(plain), rtol=0.02)
+    assert losses(folder) != losses(plain)
+    assert all(value.dtype == torch.float32 for value in weights(folder).values())
+
+
+@pytest.mark.slow
+def test_compiled_blocks(tmp_path, plain):
+    folder, _ = run(tmp_path, *QUICK, "--global-batch-size", 32, "--compile", "--depth", 1)
+    np.testing.assert_allclose(losses(folder), losses(plain), rtol=1e-4)
+    assert weights(folder).keys() == weights(plain).keys()
+
+
+def test_clipping(tmp_path, plain):
+    folder, _ = run(tmp_path, *QUICK, "--global-batch-size", 32, "--clip-grad", "1e-3")
+    assert losses(folder, "grad_norm")[0] == pytest.approx(losses(plain, "grad_norm")[0], rel=1e-4)  # before
+    # AdamW hardly minds the scale, but the second moments tell:
+    opt = [
+        checkpoint.load(str(f / "checkpoints" / "0000012.pt")).contents["opt"]["state"]
+        for f in (folder, plain)
+    ]
+    norms = [sum(state["exp_avg_sq"].sum() for state in states.values()).item() for states in opt]
+    assert norms[0] < 1e-6 * 12 < norms[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Seeing what happens
+
+
+def test_log_pictures_and_validation(tmp_path):
+    argv = [*SMALL, "--max-steps", 12, "--sample-every", 5, "--eval-every", 4, "--keep-checkpoints", 2]
+    folder, printed = run(tmp_path, *argv, "--ckpt-every", 3)
+    assert sorted(os.listdir(folder / "samples")) == ["0000005.png", "0000010.png", "0000012.png"]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["0000009.pt", "0000012.pt"]
+    assert len(losses(folder, "eval_loss")) == 3 and losses(folder, "eval_loss")[0] == pytest.approx(
+        1, abs=0.2
+    )
+    assert "Dataset contains 1,762 images" in printed  # 35 are held out
+    row = next(row for row in rows(folder) if "loss" in row)
+    assert {"loss", "mse", "vb", "grad_norm", "lr", "memory_gib", "steps_per_sec"} <= set(row)
+    # One step's quarters, weighed by their counts of 16 rows, are its mean:
+    quarters = [row[f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in row]
+    assert min(quarters) <= row["loss"] <= max(quarters)
+    assert "Grad Norm: " in printed and "LR: 1.00e-03" in printed and "Left: 0:00:0" in printed
+
+
+def test_validation_is_shared_by_processes(tmp_path):
+    argv = [*SMALL, "--max-steps", 4, "--eval-every", 2, "--sample-every", 0]
+    one, _ = run(tmp_path / "one", *argv)
+    two, _ = run(tmp_path / "two", *argv, runs=start_two)
+    np.testing.assert_allclose(losses(two, "eval_loss"), losses(one, "eval_loss"), rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+def test_starting_from_a_checkpoint(tmp_path, plain):
+    path = plain / "checkpoints" / "0000012.pt"
+    folder, printed = run(
+        tmp_path / "same", *QUICK, "--init-from", path, "--max-steps", 1, "--lr", "1e-12", "--ema-decay", 0
+    )
+    taken = weights(folder, 1)
+    for key, value in weights(plain, which="ema").items():
+        torch.testing.assert_close(taken[key], value, atol=1e-9, rtol=1e-5)
+    assert "tensors taken\n" in printed
+
+    folder, printed = run(
+        tmp_path / "classes", *QUICK, "--init-from", path, "--num-classes", 12, "--max-steps", 1
+    )
+    assert "new: y_embedder.embedding_table.weight" in printed
+    assert weights(folder, 1)["y_embedder.embedding_table.weight"].shape == (13, 32)
+
+    model = DiT(**checkpoint.load(str(path)).config["model"] | dict(input_size=[16, 16]))
+    note = checkpoint.initialize(model, checkpoint.load(str(path)))
+    assert "new: pos_embed" in note and model.pos_embed.abs().sum() > 0  # its own, for the other resolution
+
+    _, printed = run(tmp_path / "other", *QUICK, "--init-from", path, "--hidden-size", 64, expect=2)
+    assert f"--init-from {path}: no block of it fits a DiT of depth 1" in printed
+    _, printed = run(tmp_path / "none", *QUICK, "--init-from", "nowhere.pt", expect=2)
+    assert "--init-from nowhere.pt: no such file" in printed
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults
+
+STEADY = [*SMALL, "--max-steps", 20, "--ckpt-every", 8, "--sample-every", 0]
+
+
+def spoil_step_13():
+    import train
+
+    draw = train.draw_step
+
+    def spoiled(args, step, *rest):
+        draws = draw(args, step, *rest)
+        if step == 13:
+            draws["noise"][3] = float("inf")
+        return draws
+
+    train.draw_step = spoiled
+
+
+@pytest.mark.parametrize("runs", [None, start_two])
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_loss_that_is_not_finite(tmp_path, runs, log_every):
+    folder, printed = run(
+        tmp_path, *STEADY, "--log-every", log_every, runs=runs, expect=2, before=spoil_step_13
+    )
+    assert "error: step 13: the loss or its gradient is not finite; the last good checkpoint is" in printed
+    assert os.listdir(folder / "checkpoints") == ["0000008.pt"]
+    assert all(torch.isfinite(value).all() for value in weights(folder, 8).values())
+    assert all(np.isfinite(losses(folder)))
+
+
+def fill_the_disk_at_the_second_save():
+    save, saves = torch.save, []
+
+    def limited(contents, file):
+        saves.append(file)
+        if len(saves) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        save(contents, file)
+
+    torch.save = limited
+
+
+def test_a_full_disk(tmp_path):
+    folder, printed = run(tmp_path, *STEADY, expect=2, before=fill_the_disk_at_the_second_save)
+    line = printed.strip().splitlines()[-1]
+    assert "0000016.pt: could not be written (" in line and "earlier checkpoints stand" in line
+    assert os.listdir(folder / "checkpoints") == ["0000008.pt"] and len(weights(folder, 8)) > 0
+
+
+@pytest.fixture
+def images(tmp_path):
+    """40 images, of which three are cut short, and the options to train on them: the seed has them come
+    late."""
+    for i in range(40):
+        write_image(tmp_path / "images" / f"{i:02d}.png", size=(40, 40), seed=i)
+    for i in (7, 8, 21):
+        path = tmp_path / "images" / f"{i:02d}.png"
+        path.write_bytes(path.read_bytes()[:2000])
+    return [
+        "--data-path", tmp_path / "images", "--num-classes", 0, "--image-size", 8, "--vae", "none", "--depth", 1,
+        "--hidden-size", 32, "--num-heads", 2, "--model", "DiT-S/2", "--global-batch-size", 4, "--max-steps", 10,
+        "--log-every", 1, "--sample-every", 0, "--num-workers", 1, "--global-seed", 2,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("runs", [None, start_two])
+def test_an_unreadable_image_stops_after_saving(tmp_path, images, runs):
+    folder, printed = run(tmp_path / "results", *images, runs=runs, expect=2)
+    errors = [line for line in printed.splitlines() if "error: " in line]
+    assert any("cannot be read as an image; mend or remove it" in line and ".png" in line for line in errors)
+    trained = losses(folder)
+    assert 0 < len(trained) < 10
+    assert os.listdir(folder / "checkpoints") == [f"{len(trained):07d}.pt"] and "[saved " in errors[0]
+
+
+@pytest.mark.parametrize("runs", [None, start_two])
+def test_unreadable_images_skipped_and_counted(tmp_path, images, runs):
+    folder, printed = run(tmp_path / "results", *images, "--skip-bad-images", runs=runs)
+    assert len(losses(folder)) == 10
+    assert sum(losses(folder, "skipped_images")) == 3 and "Skipped: 1" in printed  # an epoch, all of it
