@@ -8,6 +8,10 @@ and more:
     config       model, process, autoencoder, data, sampling: plain dicts that rebuild each
     timestep_sampler   state of a learned timestep distribution
 
+With train.py --shard a checkpoint is a folder, which this makes the ordinary file of:
+
+    python checkpoint.py --ckpt results/000-DiT-XL-2/checkpoints/0050000 --out 0050000.pt
+
 `load` also takes the published weights and any bare state dict, as .pt or .safetensors.
 """
 
@@ -16,13 +20,15 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from dataclasses import dataclass, field
 
 import torch
 
+import sharding
 from models import DiT, DiT_models
-from runtime import UserError
+from runtime import Parser, UserError, launch
 
 
 def save(path, contents):
@@ -56,25 +62,36 @@ def save(path, contents):
 def numbered(folder):
     """The checkpoints of a folder, {step: path}, by step."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = {int(name[:-3]): os.path.join(folder, name) for name in names if re.fullmatch(r"\d+\.pt", name)}
-    return dict(sorted(found.items()))
+    found = {int(name.removesuffix(".pt")): name for name in names if re.fullmatch(r"\d+(\.pt)?", name)}
+    return {step: os.path.join(folder, found[step]) for step in sorted(found)}
 
 
 def latest(folder):
-    """The Checkpoint of the highest step in a folder that can be read, or None."""
-    for _, path in sorted(numbered(folder).items(), reverse=True):
+    """The path of the checkpoint of the highest step in a folder that can be read, or None."""
+    for path in reversed(numbered(folder).values()):
         with contextlib.suppress(UserError):
-            return load(path)
+            if os.path.isdir(path):
+                _load_pickle(os.path.join(path, sharding.PLAIN), "--resume")
+            else:
+                load(path)
+            return path
     return None
 
 
 def retain(folder, count):
     """Delete all but the last count checkpoints of a folder, and what a crash left of an unfinished one."""
     for path in list(numbered(folder).values())[:-count] if count else []:
-        os.remove(path)
+        _remove(path)
     for name in os.listdir(folder):
-        if name.endswith(".pt.tmp"):
-            os.remove(os.path.join(folder, name))
+        if name.endswith(".tmp"):
+            _remove(os.path.join(folder, name))
+
+
+def _remove(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
 
 
 @dataclass
@@ -124,6 +141,8 @@ class Checkpoint:
 def load(path, flag="--ckpt"):
     """Read a checkpoint into memory-mapped CPU tensors. Raises UserError, naming the flag, for anything
     else."""
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, sharding.PLAIN)):
+        return _load_shards(path, flag)
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file")
     if str(path).endswith(".safetensors"):
@@ -147,6 +166,21 @@ def _is_state_dict(value):
     return (
         isinstance(value, dict) and value and all(isinstance(part, torch.Tensor) for part in value.values())
     )
+
+
+def _load_shards(path, flag):
+    try:
+        contents = sharding.load_whole(path, trained_parameters)
+    except Exception as error:  # whatever reading a damaged file raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag} {path}: its shards are not whole ({reason})") from error
+    return Checkpoint(path, contents, contents["config"])
+
+
+def trained_parameters(model_config):
+    """The names of a model's trained parameters, in order."""
+    with torch.device("meta"):
+        return [name for name, p in DiT(**model_config).named_parameters() if p.requires_grad]
 
 
 def _load_pickle(path, flag):
@@ -268,3 +302,27 @@ def initialize(model, found):
         + (f"; new: {', '.join(anew)}" if anew else "")
         + (f"; unused: {', '.join(unused)}" if unused else "")
     )
+
+
+def main(args):
+    """Write a checkpoint of any form as one file."""
+    if not args.ckpt or not args.out:
+        raise UserError("--ckpt and --out: both are required")
+    save(args.out, load(args.ckpt).contents)
+    print(f"Wrote {args.out}")
+
+
+def build_parser():
+    """The command-line options."""
+    # fmt: off
+    parser = Parser(description=main.__doc__)
+    parser.add_argument("--ckpt", default=None, metavar="PATH",
+                        help="a checkpoint: a folder of shards, or a file (default: none)")
+    parser.add_argument("--out", default=None, metavar="FILE",
+                        help="the .pt file to write (default: none)")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, build_parser())

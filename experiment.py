@@ -39,7 +39,7 @@ PEAK_FLOPS = {
 class Experiment:
     """A run's folder, held by a lock while the run is alive. Only the main process has one.
 
-    resumed: the Checkpoint to continue from, or None.
+    resumed: the path of the checkpoint to continue from, or None.
     """
 
     def __init__(self, args):
@@ -66,8 +66,8 @@ class Experiment:
     def checkpoints(self):
         return os.path.join(self.folder, "checkpoints")
 
-    def checkpoint_path(self, step):
-        return os.path.join(self.checkpoints, f"{step:07d}.pt")
+    def checkpoint_path(self, step, folder=False):
+        return os.path.join(self.checkpoints, f"{step:07d}" + ("" if folder else ".pt"))
 
     def picture_path(self, step):
         return os.path.join(self.folder, "samples", f"{step:07d}.png")

@@ -256,6 +256,9 @@ def build_parser():
                        help="recompute blocks in the backward pass, for memory (default: off)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                        help="compile the blocks with torch.compile (default: off)")
+    group.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False,
+                       help="share weights, average and optimiser state among the processes (FSDP), for"
+                       " models that one GPU cannot hold (default: off)")
     group.add_argument("--init-from", default=None, metavar="FILE",
                        help="checkpoint whose weights to start from, as far as they fit (default: none)")
     group.add_argument("--ema-decay", type=float, default=0.9999, metavar="DECAY",

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import checkpoint
+import sharding
 from data import BatchOrder, Guarded, create_loader, hold_out
 from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
@@ -57,6 +58,7 @@ from settings import (
     sampling_defaults,
     source,
 )
+from sharding import local, whole
 
 
 def main(args):
@@ -66,6 +68,8 @@ def main(args):
     processes = start_processes()
     device, world_size = processes.device, processes.world_size
     args.precision = set_precision(args.precision, device)
+    if args.shard and world_size == 1:
+        raise UserError("--shard: one process has nothing to share weights with; start several with torchrun")
     if args.global_batch_size % (world_size * args.grad_accum_steps):
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
@@ -95,7 +99,7 @@ def main(args):
     def begin():
         nonlocal experiment
         experiment = Experiment(args)
-        return experiment.folder, experiment.resumed and experiment.resumed.path
+        return experiment.folder, experiment.resumed
 
     folder, resume_path = processes.on_main(begin)
     logger = create_logger(folder, enabled=processes.is_main)
@@ -108,6 +112,8 @@ def main(args):
         logger.info(checkpoint.initialize(model, initial))
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    parallel = prepare(model, ema, args, processes)
+    network = autocast(parallel, device, args.precision)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
@@ -117,10 +123,8 @@ def main(args):
     timestep_sampler, meter = create_named_schedule_sampler(args.timestep_sampler, process), Meter()
     start = 0
     if resume_path:
-        start = restore(resume_path, model, ema, optimizer, timestep_sampler, meter, processes)
+        start = restore(resume_path, args, model, ema, optimizer, timestep_sampler, meter, processes)
         logger.info(f"Continuing after step {start:,} from {resume_path}")
-    parallel = prepare(model, args, processes)
-    network = autocast(parallel, device, args.precision)
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     logger.info(f"Dataset contains {len(training_set):,} images ({source(args)})")
     logger.info(
@@ -129,9 +133,8 @@ def main(args):
 
     def save(step):
         watch.check(processes, path)
-        state = dict(
-            model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), args=vars(args),
-            step=step, timestep_sampler=timestep_sampler.state_dict(),
+        plain = dict(
+            args=vars(args), step=step, timestep_sampler=timestep_sampler.state_dict(),
             meter=processes.gather(meter.state_dict()),
             config=dict(
                 model=model.config, process=process.config, autoencoder=autoencoder.config,
@@ -139,11 +142,21 @@ def main(args):
                 sampling=sampling_defaults(args),
             ),
         )  # fmt: skip
-        processes.assert_same(model.parameters())
-        return processes.on_main(write_checkpoint, experiment, state, args.keep_checkpoints, logger)
+        if args.shard:
+            groups = optimizer.state_dict()["param_groups"]
+            written = processes.broadcast(experiment and experiment.checkpoint_path(step, folder=True))
+            sharding.save(written, model, ema, optimizer, dict(plain, param_groups=groups), processes)
+        else:
+            processes.assert_same(model.parameters())
+            state = dict(plain, model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict())
+            written = processes.on_main(write_checkpoint, experiment, step, state)
+        if processes.is_main:
+            checkpoint.retain(experiment.checkpoints, args.keep_checkpoints)
+            logger.info(f"Saved checkpoint to {written}")
+        return written
 
-    def sample(step):
-        sampler = Sampler(ema, process, autoencoder, device, sampling_defaults(args))
+    def sample(step, averaged):
+        sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
         rows = sample_grid(sampler, experiment.picture_path(step), args.global_seed)
         logger.info(f"Samples{rows}: {experiment.picture_path(step)}")
 
@@ -195,19 +208,21 @@ def main(args):
                     metrics.write(step, eval_loss=loss)
                     logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
             if args.sample_every and step % args.sample_every == 0 and step < total:
+                averaged = sharding.gather_copy(ema, device) if args.shard else ema
                 if processes.is_main:
-                    sample(step)
+                    sample(step, averaged)
                 processes.barrier()
             if step % args.ckpt_every == 0 and step < total:
                 path = save(step)
     path = save(total) if total > start else path
+    averaged = sharding.gather_copy(ema, device) if args.shard else ema
     leave_group()
 
     # Sample:
     if processes.is_main:
         metrics.close()
         if args.sample_every != 0:
-            sample(total)
+            sample(total, averaged)
         experiment.finish()
         python = "uv run" if "UV" in os.environ else "python"
         labels = " --class-labels 0 1 2 3 4 5 6 7 8 9" if model.num_classes == 10 else ""
@@ -252,16 +267,20 @@ def backward(process, network, parallel, autoencoder, images, labels, draws, arg
         x_start = encode(rows["images"], rows["posterior"])
         model_kwargs = dict(y=rows["labels"], force_drop_ids=rows["drop"]) if args.num_classes else {}
         is_last = part == parts - 1
-        with contextlib.nullcontext() if is_last or parallel_is_plain(parallel) else parallel.no_sync():
+        with exchanging(parallel, is_last):
             terms = process.training_losses(network, x_start, rows["t"], model_kwargs, noise=rows["noise"])
             ((terms["loss"] * rows["weights"]).mean() / parts).backward()
         collected.append({name: value.detach() for name, value in terms.items()})
     return {name: torch.cat([terms[name] for terms in collected]) for name in collected[0]}
 
 
-def parallel_is_plain(parallel):
-    """Whether gradients stay in this process."""
-    return not hasattr(parallel, "no_sync")
+def exchanging(parallel, now):
+    """A context in which processes exchange gradients, or put that off while they add up."""
+    if hasattr(parallel, "set_requires_gradient_sync"):  # FSDP
+        parallel.set_requires_gradient_sync(now)
+    elif hasattr(parallel, "no_sync") and not now:  # DDP
+        return parallel.no_sync()
+    return contextlib.nullcontext()
 
 
 def gradient_norm(model, clip):
@@ -269,8 +288,8 @@ def gradient_norm(model, clip):
     given."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     if clip is None:
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    return torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True))
 
 
 class Watch:
@@ -309,7 +328,7 @@ def ema_decay(args, step):
 def update_ema(ema_model, model, decay=0.9999):
     """Move every trained weight of ema_model to decay · itself + (1 - decay) · the model's."""
     pairs = [(e, p) for e, p in zip(ema_model.parameters(), model.parameters()) if p.requires_grad]
-    averages, weights = zip(*pairs)
+    averages, weights = zip(*((local(e), local(p)) for e, p in pairs))
     torch._foreach_mul_(averages, decay)
     torch._foreach_add_(averages, weights, alpha=1 - decay)
 
@@ -337,21 +356,23 @@ def report(means, norm, step, total, rate, args, device, metrics, logger, bar):
 @torch.no_grad()
 def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64):
     """The mean loss of the averaged weights on held-out images, each with the same t and noise every time."""
-    generator = generator_for("cpu", args.global_seed, EVALUATION)
+    generator, device = generator_for("cpu", args.global_seed, EVALUATION), processes.device
     n, shape = len(held_out), (len(held_out), ema.in_channels, *ema.input_size)
     t = torch.arange(n) * process.num_timesteps // n  # evenly spread
     noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     encode, total = autoencoder.draw if args.feature_path else autoencoder.encode, 0.0
-    for rows in torch.arange(n)[processes.rank :: processes.world_size].split(batch_size):
+    for batch in torch.arange(n).split(batch_size * processes.world_size):
+        rows = batch[processes.rank :: processes.world_size]
+        rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
         items = [held_out[(int(row), False)] for row in rows]
-        images = torch.stack([image for image, _ in items]).to(processes.device)
-        labels = torch.tensor([label for _, label in items], device=processes.device)
-        x_start = encode(images, posterior[rows].to(processes.device))
+        images = torch.stack([image for image, _ in items]).to(device)
+        labels = torch.tensor([label for _, label in items], device=device)
+        x_start = encode(images, posterior[rows].to(device))
+        model_kwargs = dict(y=labels) if args.num_classes else {}
         losses = process.training_losses(
-            ema, x_start, t[rows].to(processes.device), dict(y=labels) if args.num_classes else {},
-            noise=noise[rows].to(processes.device),
-        )  # fmt: skip
-        total += losses["loss"].double().sum().item()
+            ema, x_start, t[rows].to(device), model_kwargs, noise=noise[rows].to(device)
+        )
+        total += losses["loss"].double().sum().item() if processes.rank < len(batch) else 0.0
     return sum(processes.gather(total)) / n
 
 
@@ -372,12 +393,16 @@ def sample_grid(sampler, path, seed):
 # Beginning, continuing and ending
 
 
-def prepare(model, args, processes):
-    """Compile and checkpoint the model's blocks as asked, and wrap it for several processes."""
+def prepare(model, ema, args, processes):
+    """Compile and checkpoint the model's blocks as asked, and share its work, or its weights, among
+    processes."""
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
+    if args.shard:
+        sharding.shard(ema)
+        return sharding.shard(model)
     if processes.world_size == 1:
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -400,25 +425,32 @@ def autocast(model, device, precision):
     return network
 
 
-def restore(path, model, ema, optimizer, timestep_sampler, meter, processes):
+def restore(path, args, model, ema, optimizer, timestep_sampler, meter, processes):
     """Take up a checkpoint where it left off; returns its step."""
-    found = checkpoint.load(path, "--resume")
-    checkpoint.load_weights(model, found.state_dict("raw"), path)
-    checkpoint.load_weights(ema, found.state_dict("ema"), path)
-    optimizer.load_state_dict(found.contents["opt"])
-    timestep_sampler.load_state_dict(found.contents["timestep_sampler"])
-    windows = found.contents["meter"]
+    if args.shard:
+        if not os.path.isdir(path):
+            raise UserError(
+                f"--shard: {path} is of a run without it; leave it out, or give it to --init-from"
+            )
+        contents = torch.load(os.path.join(path, sharding.PLAIN), map_location="cpu", weights_only=True)
+        sharding.restore(path, model, ema, optimizer, contents["step"])
+    else:
+        found = checkpoint.load(path, "--resume")
+        contents = found.contents
+        checkpoint.load_weights(model, found.state_dict("raw"), path)
+        checkpoint.load_weights(ema, found.state_dict("ema"), path)
+        optimizer.load_state_dict(contents["opt"])
+    timestep_sampler.load_state_dict(contents["timestep_sampler"])
+    windows = contents["meter"]
     if len(windows) == processes.world_size:
         meter.load_state_dict(windows[processes.rank], processes.device)
-    return found.contents["step"]
+    return contents["step"]
 
 
-def write_checkpoint(experiment, state, keep, logger):
-    """Save a checkpoint of the main process's, and delete those beyond the last keep; returns its path."""
-    path = experiment.checkpoint_path(state["step"])
+def write_checkpoint(experiment, step, state):
+    """Save a checkpoint of the main process's; returns its path."""
+    path = experiment.checkpoint_path(step)
     checkpoint.save(path, state)
-    checkpoint.retain(experiment.checkpoints, keep)
-    logger.info(f"Saved checkpoint to {path}")
     return path
 
 

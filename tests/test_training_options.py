@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_rule_weights
-from forked import finish, rows, start, start_two
+from forked import finish, rows, start, start_two, wait_for_step
 from test_data import write_image
 from test_train import SMALL
 
 import checkpoint
 from models import DiT, DiT_models
+from sampler import Sampler
 
 QUICK = [*SMALL, "--max-steps", 12, "--sample-every", 0]
 
@@ -115,6 +116,68 @@ def test_clipping(tmp_path, plain):
     ]
     norms = [sum(state["exp_avg_sq"].sum() for state in states.values()).item() for states in opt]
     assert norms[0] < 1e-6 * 12 < norms[1]
+
+
+def test_sharded_weights(tmp_path):
+    """FSDP gives DDP's losses, resumes exactly, and its checkpoint becomes an ordinary one that samples."""
+    argv = [
+        *SMALL,
+        "--max-steps",
+        20,
+        "--ckpt-every",
+        8,
+        "--depth",
+        2,
+        "--sample-every",
+        12,
+        "--eval-every",
+        9,
+    ]
+    plain, _ = run(tmp_path / "ddp", *argv, runs=start_two)
+    sharded, _ = run(tmp_path / "fsdp", *argv, "--shard", runs=start_two)
+    for name in ("loss", "mse", "vb", "grad_norm", "eval_loss"):
+        np.testing.assert_allclose(losses(sharded, name), losses(plain, name), rtol=1e-4, atol=1e-4)
+    assert sorted(os.listdir(sharded / "checkpoints")) == ["0000008", "0000016", "0000020"]
+
+    out = tmp_path / "whole.pt"
+    checkpoint.main(checkpoint.build_parser().parse_args(
+        ["--ckpt", str(sharded / "checkpoints" / "0000020"), "--out", str(out)]
+    ))  # fmt: skip
+    contents = [checkpoint.load(str(path)).contents for path in (out, plain / "checkpoints" / "0000020.pt")]
+    for part in ("model", "ema"):
+        for key, value in contents[1][part].items():
+            torch.testing.assert_close(contents[0][part][key], value, atol=2e-4, rtol=1e-3)
+    assert contents[0].keys() >= contents[1].keys()
+    model = DiT(**contents[0]["config"]["model"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer.load_state_dict(contents[0]["opt"])
+    assert Sampler.from_checkpoint(str(out), device="cpu").sample([3, 5]).shape == (2, 1, 8, 8)
+    assert len(os.listdir(sharded / "samples")) == 2
+
+    again = tmp_path / "killed" / "000-DiT-S-2"
+    (tmp_path / "killed").mkdir()
+    runs = start_two([*argv, "--shard", "--results-dir", tmp_path / "killed"], tmp_path / "killed" / "out")
+    wait_for_step(again, 18, runs)
+    for process in runs:
+        process.kill()
+    finish(*runs)
+    run(tmp_path / "killed", *argv, "--shard", runs=start_two)
+    for name in ("loss", "eval_loss"):
+        assert losses(again, name) == losses(sharded, name)
+    weights = [checkpoint.load(str(f / "checkpoints" / "0000020")).contents for f in (again, sharded)]
+    assert all(torch.equal(value, weights[1]["ema"][key]) for key, value in weights[0]["ema"].items())
+
+
+@pytest.mark.parametrize("extra", [["--grad-accum-steps", 4], ["--grad-checkpointing"], ["--clip-grad", 100]])
+def test_sharded_weights_with(tmp_path, plain, extra):
+    argv = [*QUICK, "--global-batch-size", 32, "--shard", *extra]
+    folder, _ = run(tmp_path, *argv, runs=start_two)
+    np.testing.assert_allclose(losses(folder), losses(plain), rtol=1e-4)
+
+
+def test_sharding_needs_processes(tmp_path):
+    _, printed = run(tmp_path, *QUICK, "--shard", expect=2)
+    assert "--shard: one process has nothing to share weights with" in printed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,9 +299,9 @@ def images(tmp_path):
         path = tmp_path / "images" / f"{i:02d}.png"
         path.write_bytes(path.read_bytes()[:2000])
     return [
-        "--data-path", tmp_path / "images", "--num-classes", 0, "--image-size", 8, "--vae", "none", "--depth", 1,
-        "--hidden-size", 32, "--num-heads", 2, "--model", "DiT-S/2", "--global-batch-size", 4, "--max-steps", 10,
-        "--log-every", 1, "--sample-every", 0, "--num-workers", 1, "--global-seed", 2,
+        "--data-path", tmp_path / "images", "--num-classes", 0, "--image-size", 8, "--vae", "none",
+        "--depth", 1, "--hidden-size", 32, "--num-heads", 2, "--model", "DiT-S/2", "--global-batch-size", 4,
+        "--max-steps", 10, "--log-every", 1, "--sample-every", 0, "--num-workers", 0, "--global-seed", 2,
     ]  # fmt: skip
 
 

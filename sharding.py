@@ -1,0 +1,124 @@
+"""Training beyond one GPU's memory: weights, average and optimiser state in shards, one a process (--shard).
+
+FSDP2 (torch.distributed.fsdp.fully_shard) gathers a block's weights just before they are used. Each process
+writes its own shards, as safetensors, so that no checkpoint holds code:
+
+    checkpoints/0050000/
+        shard-00001-….safetensors    model.*, ema.*, exp_avg.*, exp_avg_sq.*
+        plain.pt                     what a checkpoint of one file has besides
+
+`python checkpoint.py --ckpt checkpoints/0050000 --out checkpoints/0050000.pt` makes the ordinary file of it.
+"""
+
+import os
+import shutil
+import warnings
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from models import DiT
+
+PLAIN = "plain.pt"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def shard(model):
+    """Shard a model's weights over all processes, block by block, in place."""
+    for block in model.blocks:
+        fully_shard(block)
+    # The rest too gives its memory back after a forward pass that no backward one follows, the average's:
+    return fully_shard(model, reshard_after_forward=True)
+
+
+def gather_copy(model, device):
+    """The whole model, plain, on the main process's device, None on the others; every process calls it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if not state:  # which only the main process gets
+        return None
+    with torch.device("meta"):
+        copy = DiT(**model.config)
+    copy = copy.to_empty(device=device).eval()
+    copy.load_state_dict(state)
+    return copy
+
+
+def local(tensor):
+    """A sharded tensor's part in this process; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor):
+    """A sharded tensor gathered; any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def collect(model, ema, optimizer):
+    """All shards of this process by name; the optimiser's moments come into being where there are none
+    yet."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            for moment in MOMENTS:
+                state.setdefault(moment, torch.zeros_like(parameter))
+                tensors[f"{moment}.{name}"] = state[moment]
+    return tensors
+
+
+def save(path, model, ema, optimizer, plain, processes):
+    """Write a folder of shards and plain data; every process calls it. It is whole, or not under its name."""
+    temporary = f"{path}.tmp"
+    if processes.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        torch.save(plain, os.path.join(temporary, PLAIN))
+    processes.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of features that are not used here
+        writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
+        dcp.save(collect(model, ema, optimizer), storage_writer=writer)
+    processes.barrier()
+    if processes.is_main:
+        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over another
+        os.replace(temporary, path)
+
+
+def restore(path, model, ema, optimizer, step):
+    """Load shards into a sharded model, its average and its optimiser, of any number of processes."""
+    tensors = collect(model, ema, optimizer)
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter]["step"] = torch.tensor(float(step))
+
+
+def load_whole(path, trainable):
+    """Read a folder of shards in one process, as the contents of a checkpoint of one file.
+
+    trainable(config): the names of a model's trained parameters, in the order of its optimiser.
+    """
+    plain = torch.load(os.path.join(path, PLAIN), map_location="cpu", weights_only=True)
+    reader = dcp.HuggingFaceStorageReader(path)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=True)
+
+    def part(prefix):
+        return {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
+
+    step = torch.tensor(float(plain["step"]))
+    states = {
+        i: dict(step=step.clone(), **{moment: tensors[f"{moment}.{name}"] for moment in MOMENTS})
+        for i, name in enumerate(trainable(plain["config"]["model"]))
+    }
+    opt = dict(state=states, param_groups=plain["param_groups"])
+    return {**plain, "model": part("model."), "ema": part("ema."), "opt": opt}
