@@ -2,11 +2,13 @@
 dependencies."""
 
 import importlib
+import json
 import re
 import shlex
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,10 +22,11 @@ COMMANDS = sorted(
     path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser())" in path.read_text()
 )
 README = (ROOT / "README.md").read_text()
+SCRIPTS = r"\b(train|sample|extract_features)\.py\b"
 
 
 def test_all_commands_are_found():
-    assert {"train", "sample", "download", "models"} <= set(COMMANDS)
+    assert {"train", "sample", "extract_features", "checkpoint", "download", "models"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -49,10 +52,10 @@ def test_help_says_everything(name):
 
 
 def readme_commands():
-    """Every train.py and sample.py line of the README's code blocks, continued lines joined."""
+    """Every line of train.py, sample.py and extract_features.py in the README's code blocks, continued lines joined."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if re.search(r"\b(train|sample)\.py\b", line)]
+    return [line.split("#")[0].strip() for line in lines if re.search(SCRIPTS, line)]
 
 
 def test_readme_has_the_commands():
@@ -71,6 +74,25 @@ def write_checkpoint(path, **config):
     torch.save(dict(ema=state, config=dict(model=model.config, autoencoder=pixels)), path)
 
 
+def write_cache(folder):
+    """A cache of 256 latents, in little space."""
+    folder.mkdir()
+    np.save(folder / "moments.npy", np.zeros((256, 2, 8, 1, 1), np.float16))
+    np.save(folder / "labels.npy", np.arange(256) % 10)
+    vae = dict(vae="stabilityai/sd-vae-ft-ema", channels=4, factor=8, scale=0.18215, shift=0.0)
+    shards = [dict(moments="moments.npy", labels="labels.npy", bytes=(folder / "moments.npy").stat().st_size)]
+    manifest = dict(
+        complete=True,
+        vae=vae,
+        image_size=256,
+        classes=list("0123456789"),
+        count=256,
+        shard_size=256,
+        shards=shards,
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
     """With as many images as a batch, and checkpoints, where the reader would have them."""
@@ -81,7 +103,8 @@ def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
     digits = dict(input_size=8, in_channels=1, hidden_size=64, depth=2, num_heads=4, num_classes=10)
     write_checkpoint(tmp_path / "results/000-DiT-S-2-digits/checkpoints/0002000.pt", **digits)
     words = shlex.split(line)
-    script = next(i for i, word in enumerate(words) if word in ("train.py", "sample.py"))
+    script = next(i for i, word in enumerate(words) if re.fullmatch(SCRIPTS, word))
+    write_cache(tmp_path / "features")
     here = {"/path/to/imagenet/train": "images", "/path/to/images": "images", "/path/to/model.pt": "model.pt"}
     argv = [here.get(word, word) for word in words[script + 1 :]]
     module = importlib.import_module(words[script].removesuffix(".py"))
