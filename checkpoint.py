@@ -66,16 +66,35 @@ def numbered(folder):
     return {step: os.path.join(folder, found[step]) for step in sorted(found)}
 
 
+def step_of(path):
+    """The step in a checkpoint's name."""
+    return int(os.path.basename(os.path.normpath(path)).removesuffix(".pt"))
+
+
 def latest(folder):
-    """The path of the checkpoint of the highest step in a folder that can be read, or None."""
-    for path in reversed(numbered(folder).values()):
+    """The path of the checkpoint of the highest step in a folder that is whole, or None where there is none.
+
+    Raises UserError where there are some, but none can be read.
+    """
+    found = numbered(folder)
+    for path in reversed(found.values()):
         with contextlib.suppress(UserError):
-            if os.path.isdir(path):
-                _load_pickle(os.path.join(path, sharding.PLAIN), "--resume")
-            else:
-                load(path)
+            if os.path.isdir(path) and sharding.is_whole(path):
+                return path
+            load(path)
             return path
+    if found:
+        raise UserError(
+            f"{folder}: none of its {len(found)} checkpoints can be read; mend or remove that run"
+        )
     return None
+
+
+def set_aside(folder, step):
+    """Rename the checkpoints after a step, damaged or no longer wanted, so that nothing counts them."""
+    for later, path in numbered(folder).items():
+        if later > step:
+            os.replace(path, f"{path}.unused")
 
 
 def retain(folder, count):
@@ -260,16 +279,16 @@ def describe_model(config):
     )
 
 
-def load_weights(model, state, path):
+def load_weights(model, state, path, flag="--ckpt"):
     """Load a state dict strictly. Raises UserError that names the first difference."""
     own = model.state_dict()
     for key in [*own, *state]:
         if key not in state or key not in own:
             side = "lacks" if key in own else "has an unknown"
-            raise UserError(f"--ckpt {path}: does not fit {describe_model(model.config)}: it {side} {key}")
+            raise UserError(f"{flag} {path}: does not fit {describe_model(model.config)}: it {side} {key}")
         if own[key].shape != state[key].shape:
             raise UserError(
-                f"--ckpt {path}: does not fit {describe_model(model.config)}: {key} is"
+                f"{flag} {path}: does not fit {describe_model(model.config)}: {key} is"
                 f" {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
             )
     model.load_state_dict(state)

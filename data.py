@@ -206,8 +206,14 @@ class LatentCache(Dataset):
         for shard, moments in zip(manifest["shards"], self.shards):
             if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
                 raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
-        labels = [np.load(os.path.join(folder, shard["labels"])) for shard in manifest["shards"]]
-        self.labels = np.concatenate(labels)
+        try:
+            self.labels = np.concatenate(
+                [np.load(os.path.join(folder, s["labels"])) for s in manifest["shards"]]
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"--feature-path {folder}: its labels cannot be read ({error})") from error
+        if len(self.labels) != self.count:
+            raise UserError(f"--feature-path {folder}: {len(self.labels)} labels for {self.count} images")
         self._maps = {}
 
     def __getstate__(self):
@@ -334,17 +340,16 @@ class BatchOrder:
             yield list(zip(order[rows].tolist(), mirrored[rows].tolist()))
 
 
-def create_loader(dataset, order, num_workers, device):
-    """Batches (images, labels, problems) in this order, read by num_workers processes ahead of time.
+def read_batches(dataset, order, num_workers, device):
+    """Yield batches (images, labels, problems) in this order, read by num_workers processes ahead of time.
 
-    dataset: Guarded. problems: the lines that say what could not be read.
+    dataset: Guarded. problems: the lines that say what could not be read. Close it to end the workers.
     """
-    return DataLoader(
+    yield from DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
@@ -360,6 +365,10 @@ def _collate(items):
 
 
 def _leave_signals_to_the_main_process(worker):
-    """A Ctrl-C reaches every process of a terminal; a worker goes on until the main process has saved."""
+    """Signals reach every process of a terminal or job; a worker goes on while its main process saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_in_a_minute)
+
+
+def _end_in_a_minute(number, frame):
+    signal.alarm(60)  # should the main process be gone by then without a word

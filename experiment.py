@@ -51,12 +51,16 @@ class Experiment:
             elif args.resume == "never":
                 self.folder = None
             else:
-                self.folder = self._given(args.resume)
+                self.folder, self.resumed = self._given(args.resume)
             if self.folder is None:
                 self.folder = self._create(args)
             else:
-                self.resumed = checkpoint.latest(self.checkpoints)
+                self.resumed = self.resumed or checkpoint.latest(self.checkpoints)
                 checkpoint.retain(self.checkpoints, 0)
+                checkpoint.set_aside(
+                    self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0
+                )
+                self._write_settings(args)
         except OSError as error:
             raise UserError(
                 f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
@@ -93,15 +97,17 @@ class Experiment:
         return None
 
     def _given(self, path):
-        """The folder of --resume PATH: a run's, or of one of its checkpoints."""
-        folder = os.path.dirname(os.path.dirname(os.path.abspath(path))) if os.path.isfile(path) else path
+        """The folder of --resume PATH, a run's or one of its checkpoints', and that checkpoint."""
+        named, folder = None, path
+        if os.path.basename(os.path.dirname(os.path.abspath(path))) == "checkpoints" and os.path.exists(path):
+            named, folder = path, os.path.dirname(os.path.dirname(os.path.abspath(path)))
         if read_settings(folder) is None:
             raise UserError(
                 f"--resume {path}: no run's folder (no args.json); give results/NNN-…, auto or never"
             )
         if not self._acquire(folder):
             raise UserError(f"--resume {path}: that run is still running; stop it first")
-        return folder
+        return folder, named
 
     def _create(self, args):
         """Make results/NNN-DiT-XL-2 under the next free number, with args.json; returns its path."""
@@ -118,15 +124,27 @@ class Experiment:
                 continue
         self._acquire(folder)
         os.mkdir(os.path.join(folder, "checkpoints"))
-        with open(os.path.join(folder, "args.json"), "w") as file:
-            json.dump(vars(args), file, indent=2)
+        self.folder = folder
+        self._write_settings(args)
         return folder
+
+    def _write_settings(self, args):
+        write_whole(os.path.join(self.folder, "args.json"), json.dumps(vars(args), indent=2))
 
     def finish(self):
         """Mark the run as finished: the same command then starts a new one."""
         with open(os.path.join(self.folder, ".finished"), "w"):
             pass
         self.lock.release()
+
+
+def write_whole(path, text):
+    """Write a text file, whole or not at all."""
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 def comparable(settings):
@@ -171,8 +189,7 @@ class Metrics:
                         kept.append(line)
                 except json.JSONDecodeError:  # the end of a line that was never finished
                     break
-        with open(self.path, "w") as file:
-            file.writelines(kept)
+        write_whole(self.path, "".join(kept))
 
     def write(self, step, **numbers):
         """Add a row for a step."""
@@ -196,7 +213,8 @@ class Meter:
     """Running means of the losses between two log lines; looks at a GPU only when read."""
 
     def __init__(self):
-        self.sums, self.steps, self.skipped, self.since = {}, 0, 0, time.perf_counter()
+        self.sums, self.steps, self.skipped = {}, 0, 0
+        self.restored, self.since = 0, time.perf_counter()  # steps that an earlier process took the time for
 
     def add_skipped(self, count):
         """Count images that could not be read."""
@@ -221,7 +239,7 @@ class Meter:
         means = {name: total.item() / self.steps for name, total in sums.items()}
         means |= {f"loss_q{i + 1}": losses[i] / counts[i] for i in range(4) if counts[i]}
         means["skipped_images"] = sum(processes.gather(self.skipped))
-        means["steps_per_sec"] = self.steps / (time.perf_counter() - self.since)
+        means["steps_per_sec"] = (self.steps - self.restored) / (time.perf_counter() - self.since)
         self.__init__()
         return means
 
@@ -236,6 +254,7 @@ class Meter:
     def load_state_dict(self, state, device):
         """Take up what state_dict gave."""
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self.restored = self.steps
         self.sums = {name: total.to(device) for name, total in state["sums"].items()}
 
 

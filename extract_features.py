@@ -16,6 +16,7 @@ whatever the number of processes.
         labels-00000.npy     int64 (images,)
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,7 +27,8 @@ import torch
 from tqdm.auto import tqdm
 
 from autoencoder import add_vae_argument, describe_vae, load_autoencoder
-from data import MANIFEST, Guarded, create_loader, open_dataset
+from data import MANIFEST, Guarded, open_dataset, read_batches
+from experiment import write_whole
 from runtime import (
     Parser,
     UserError,
@@ -47,7 +49,7 @@ def main(args):
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache; train.py reads the images themselves")
     processes = start_processes()
-    set_precision(args.precision, processes.device)
+    args.precision = set_precision(args.precision, processes.device)
     dataset = open_dataset("folder", args.data_path, args.image_size)
     _, factor, _ = describe_vae(args.vae, dataset.channels)
     if args.image_size % factor:
@@ -63,7 +65,8 @@ def main(args):
     # Begin a cache, or go on with an unfinished one:
     manifest = dict(
         complete=False, vae=autoencoder.config, image_size=args.image_size, classes=dataset.classes,
-        count=len(dataset), shard_size=shard_size(len(dataset)),
+        count=len(dataset), shard_size=shard_size(len(dataset)), precision=args.precision,
+        images=fingerprint(dataset.samples, args.data_path),
     )  # fmt: skip
     if processes.on_main(begin, args.features_path, manifest):
         logger.info(f"{args.features_path} is complete; remove it to extract again")
@@ -73,7 +76,11 @@ def main(args):
     shards = range(math.ceil(manifest["count"] / manifest["shard_size"]))
     mine = [shard for shard in shards[processes.rank :: processes.world_size]
             if read_note(args.features_path, shard) is None]  # fmt: skip
-    mistakes = processes.gather(encode_shards(mine, dataset, autoencoder, manifest, args, processes))
+    try:
+        mistake = encode_shards(mine, dataset, autoencoder, manifest, args, processes)
+    except UserError as error:
+        mistake = str(error)
+    mistakes = processes.gather(mistake)  # so that no process waits for one that has stopped
     for mistake in filter(None, mistakes):
         raise UserError(mistake)
 
@@ -93,6 +100,12 @@ def shard_size(count):
     return max(1, min(4096, math.ceil(count / 64)))
 
 
+def fingerprint(samples, root):
+    """A hash of the names and sizes of the images, by which other ones are told."""
+    lines = (f"{os.path.relpath(path, root)} {os.path.getsize(path)} {label}\n" for path, label in samples)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def begin(folder, manifest):
     """Write the manifest of an unfinished cache; whether the folder already holds the complete one.
 
@@ -110,8 +123,12 @@ def begin(folder, manifest):
                         f"--features-path {folder}: holds a cache of other {name.replace('_', ' ')}; give"
                         " another folder, or remove it"
                     )
+            if found["complete"]:  # what a kill between the last manifest and its notes left
+                for name in os.listdir(folder):
+                    if name.startswith("shard-") or name.endswith(".tmp"):
+                        os.remove(os.path.join(folder, name))
             return found["complete"]
-        write_json(path, manifest)
+        write_whole(path, json.dumps(manifest, indent=1))
     except OSError as error:
         raise UserError(f"--features-path {folder}: cannot be written to ({error.strerror})") from error
     return False
@@ -126,7 +143,7 @@ def encode_shards(shards, dataset, autoencoder, manifest, args, processes):
         for start in range(0, len(indices), args.per_proc_batch_size):
             batches.append([(i, False) for i in indices[start : start + args.per_proc_batch_size]])
             places.append((shard, start, len(indices)))
-    loader = create_loader(Guarded(dataset, skip=False), batches, args.num_workers, processes.device)
+    loader = read_batches(Guarded(dataset, skip=False), batches, args.num_workers, processes.device)
     total = sum(map(len, batches))
     with tqdm(total=total, desc="Encoding", unit="image", disable=not processes.is_main) as bar:
         for (shard, start, length), (images, labels, problems) in zip(places, loader):
@@ -147,25 +164,33 @@ def encode_shards(shards, dataset, autoencoder, manifest, args, processes):
 def finish_shard(folder, shard, moments, labels, autoencoder):
     """Write a shard's files, and the note that says they are whole."""
     note = dict(moments=f"moments-{shard:05d}.npy", labels=f"labels-{shard:05d}.npy", count=len(labels))
-    for kind, values in (("labels", labels), ("moments", moments)):
-        path = os.path.join(folder, note[kind])
-        try:
+    with refusing(folder):
+        for kind, values in (("labels", labels), ("moments", moments)):
+            path = os.path.join(folder, note[kind])
             with open(path + ".tmp", "wb") as file:
                 np.save(file, values)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
-        except OSError as error:
-            raise UserError(
-                f"{path}: could not be written ({error.strerror}); make room and run the same command again"
-            ) from error
-    with open(path, "rb") as file:
-        note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
-    mean, logvar = np.split(moments.astype(np.float64), 2, axis=2)
-    mean = (mean - autoencoder.shift) * autoencoder.scale
-    square = mean**2 + np.exp(logvar) * autoencoder.scale**2
-    note |= dict(values=mean.size, sum=float(mean.sum()), square=float(square.sum()))
-    write_json(note_path(folder, shard), note)
+        with open(path, "rb") as file:
+            note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        mean, logvar = np.split(moments.astype(np.float64), 2, axis=2)
+        mean = (mean - autoencoder.shift) * autoencoder.scale
+        square = mean**2 + np.exp(logvar) * autoencoder.scale**2
+        note |= dict(values=mean.size, sum=float(mean.sum()), square=float(square.sum()))
+        write_whole(note_path(folder, shard), json.dumps(note))
+
+
+@contextlib.contextmanager
+def refusing(folder):
+    """Turn a full disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--features-path {folder}: could not be written to ({error.strerror}); make room and run the"
+            " same command again"
+        ) from error
 
 
 def note_path(folder, shard):
@@ -194,18 +219,11 @@ def complete(folder, manifest, shards):
     n, total, square = (math.fsum(note.pop(name) for note in notes) for name in ("values", "sum", "square"))
     mean = total / n
     manifest["latents"] = dict(mean=mean, std=math.sqrt(square / n - mean**2))
-    write_json(os.path.join(folder, MANIFEST), dict(manifest, complete=True, shards=notes))
-    for shard in shards:
-        os.remove(note_path(folder, shard))
-
-
-def write_json(path, data):
-    """Write plain data, whole or not at all."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    with refusing(folder):
+        whole = dict(manifest, complete=True, shards=notes)
+        write_whole(os.path.join(folder, MANIFEST), json.dumps(whole, indent=1))
+        for shard in shards:
+            os.remove(note_path(folder, shard))
 
 
 def build_parser():

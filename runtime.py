@@ -128,22 +128,22 @@ class StopRequest:
     """Whether the run was asked to stop, by SIGTERM, SIGINT or a problem, agreed on by all processes."""
 
     def __init__(self, processes):
-        self.processes, self.signal = processes, None
+        self.processes, self.signalled = processes, False
         self.group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
-        self.previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        signal.signal(signal.SIGTERM, self._note)  # which a launcher may send more than once
+        self.previous = signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number, frame):
-        self.signal = signal.Signals(number).name
-        signal.signal(number, self.previous[number])  # a second one acts at once
+        self.signalled = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self.previous)  # a second Ctrl-C acts at once
 
     def agreed(self, problem=False):
         """Called by all processes at the same step: (any was signalled, any has a problem).
 
         Over the CPU, so that no GPU is waited for.
         """
-        flags = torch.tensor([self.signal is not None, bool(problem)], dtype=torch.int32)
+        flags = torch.tensor([self.signalled, bool(problem)], dtype=torch.int32)
         if self.group is not None:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
         signalled, problem = flags.tolist()

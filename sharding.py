@@ -6,10 +6,13 @@ writes its own shards, as safetensors, so that no checkpoint holds code:
     checkpoints/0050000/
         shard-00001-….safetensors    model.*, ema.*, exp_avg.*, exp_avg_sq.*
         plain.pt                     what a checkpoint of one file has besides
+        sizes.json                   the length of every file
 
 `python checkpoint.py --ckpt checkpoints/0050000 --out checkpoints/0050000.pt` makes the ordinary file of it.
 """
 
+import contextlib
+import json
 import os
 import shutil
 import warnings
@@ -20,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from models import DiT
+from runtime import UserError
 
-PLAIN = "plain.pt"
+PLAIN, SIZES = "plain.pt", "sizes.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -71,21 +75,62 @@ def collect(model, ema, optimizer):
 
 
 def save(path, model, ema, optimizer, plain, processes):
-    """Write a folder of shards and plain data; every process calls it. It is whole, or not under its name."""
+    """Write a folder of shards and plain data; every process calls it. It is whole, or not under its name.
+
+    Raises UserError, on every process, where it cannot be written.
+    """
     temporary = f"{path}.tmp"
-    if processes.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        torch.save(plain, os.path.join(temporary, PLAIN))
-    processes.barrier()
-    with warnings.catch_warnings():
+
+    def begin():
+        with _refusing(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+            torch.save(plain, os.path.join(temporary, PLAIN))
+
+    def end():
+        with _refusing(path):
+            sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in os.listdir(temporary)}
+            with open(os.path.join(temporary, SIZES), "w") as file:
+                json.dump(sizes, file)
+            for name in [*sizes, SIZES, "."]:
+                descriptor = os.open(os.path.join(temporary, name), os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            if os.path.exists(path):  # a folder cannot be renamed over another
+                os.replace(path, f"{path}.old.tmp")
+            os.replace(temporary, path)
+            shutil.rmtree(f"{path}.old.tmp", ignore_errors=True)
+
+    processes.on_main(begin)
+    with _refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that are not used here
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
         dcp.save(collect(model, ema, optimizer), storage_writer=writer)
     processes.barrier()
-    if processes.is_main:
-        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over another
-        os.replace(temporary, path)
+    processes.on_main(end)
+
+
+@contextlib.contextmanager
+def _refusing(path):
+    """Turn what a full disk makes torch raise into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: could not be written ({reason}); earlier checkpoints stand; make room and run the same"
+            " command again"
+        ) from error
+
+
+def is_whole(path):
+    """Whether a folder of shards has every file in its full length."""
+    try:
+        with open(os.path.join(path, SIZES)) as file:
+            sizes = json.load(file)
+        return all(os.path.getsize(os.path.join(path, name)) == size for name, size in sizes.items())
+    except (OSError, json.JSONDecodeError):
+        return False
 
 
 def restore(path, model, ema, optimizer, step):
@@ -94,7 +139,7 @@ def restore(path, model, ema, optimizer, step):
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            optimizer.state[parameter]["step"] = torch.tensor(float(step))
+            optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)
 
 
 def load_whole(path, trainable):

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import checkpoint
 import sharding
-from data import BatchOrder, Guarded, create_loader, hold_out
+from data import BatchOrder, Guarded, hold_out, read_batches
 from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
@@ -84,6 +84,12 @@ def main(args):
     training_set, held_out = hold_out(dataset, args.global_seed) if args.eval_every else (dataset, None)
     steps_per_epoch = len(training_set) // args.global_batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
+    if held_out is not None:
+        held_out = Guarded(held_out, args.skip_bad_images)
+        for row in range(len(held_out))[processes.rank :: world_size]:  # later on, one would stop every run
+            problem = held_out[(row, False)][2]
+            if problem and not args.skip_bad_images:
+                raise UserError(problem)
     if args.dry_run:
         if processes.is_main:
             print_plan(args, dataset, model_config, total, steps_per_epoch, world_size)
@@ -125,6 +131,8 @@ def main(args):
     if resume_path:
         start = restore(resume_path, args, model, ema, optimizer, timestep_sampler, meter, processes)
         logger.info(f"Continuing after step {start:,} from {resume_path}")
+        if total < start:
+            raise UserError(f"--max-steps {total}: {resume_path} is beyond that; give at least {start}")
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     logger.info(f"Dataset contains {len(training_set):,} images ({source(args)})")
     logger.info(
@@ -169,18 +177,18 @@ def main(args):
         training_set, args.global_batch_size, rank=processes.rank, world_size=world_size,
         seed=args.global_seed, start_step=start, stop_step=total,
     )  # fmt: skip
-    batches = create_loader(Guarded(training_set, args.skip_bad_images), order, args.num_workers, device)
+    batches = read_batches(Guarded(training_set, args.skip_bad_images), order, args.num_workers, device)
     rate = 6 * count_macs(model) * args.global_batch_size / world_size  # FLOP a step and device
-    stop, watch, path = StopRequest(processes), Watch(device), resume_path
+    stop, watch, path, saved = StopRequest(processes), Watch(device), resume_path, start
     bar = tqdm(
         total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
         dynamic_ncols=True,
     )  # fmt: skip
-    with bar:
+    with bar, contextlib.closing(batches):
         for step, (images, labels, problems) in enumerate(batches, start=start + 1):
             signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
             if signalled or unreadable:
-                path = save(step - 1) if step - 1 > start else path
+                path = save(step - 1) if step - 1 > saved else path
                 end_early(problems, unreadable, step - 1, path, logger)
                 return
             meter.add_skipped(len(problems))
@@ -207,14 +215,14 @@ def main(args):
                 if processes.is_main:
                     metrics.write(step, eval_loss=loss)
                     logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
+            if step % args.ckpt_every == 0 and step < total:
+                path, saved = save(step), step
             if args.sample_every and step % args.sample_every == 0 and step < total:
                 averaged = sharding.gather_copy(ema, device) if args.shard else ema
                 if processes.is_main:
                     sample(step, averaged)
                 processes.barrier()
-            if step % args.ckpt_every == 0 and step < total:
-                path = save(step)
-    path = save(total) if total > start else path
+    path = save(total) if total > saved else path
     averaged = sharding.gather_copy(ema, device) if args.shard else ema
     leave_group()
 
@@ -364,9 +372,8 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64
     for batch in torch.arange(n).split(batch_size * processes.world_size):
         rows = batch[processes.rank :: processes.world_size]
         rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
-        items = [held_out[(int(row), False)] for row in rows]
-        images = torch.stack([image for image, _ in items]).to(device)
-        labels = torch.tensor([label for _, label in items], device=device)
+        images, labels, _ = zip(*(held_out[(int(row), False)] for row in rows))
+        images, labels = torch.stack(images).to(device), torch.tensor(labels, device=device)
         x_start = encode(images, posterior[rows].to(device))
         model_kwargs = dict(y=labels) if args.num_classes else {}
         losses = process.training_losses(
@@ -437,9 +444,11 @@ def restore(path, args, model, ema, optimizer, timestep_sampler, meter, processe
     else:
         found = checkpoint.load(path, "--resume")
         contents = found.contents
-        checkpoint.load_weights(model, found.state_dict("raw"), path)
-        checkpoint.load_weights(ema, found.state_dict("ema"), path)
+        checkpoint.load_weights(model, found.state_dict("raw"), path, "--resume")
+        checkpoint.load_weights(ema, found.state_dict("ema"), path, "--resume")
         optimizer.load_state_dict(contents["opt"])
+        for group in optimizer.param_groups:  # as given now, should it differ
+            group["weight_decay"] = args.weight_decay
     timestep_sampler.load_state_dict(contents["timestep_sampler"])
     windows = contents["meter"]
     if len(windows) == processes.world_size:

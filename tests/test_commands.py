@@ -52,7 +52,7 @@ def test_help_says_everything(name):
 
 
 def readme_commands():
-    """Every line of train.py, sample.py and extract_features.py in the README's code blocks, continued lines joined."""
+    """Every line of these scripts in the README's code blocks, continued lines joined."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if re.search(SCRIPTS, line)]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-from data import BatchOrder, Guarded, center_crop_arr, create_loader, load_cifar10, load_digits, open_dataset
+from data import BatchOrder, Guarded, center_crop_arr, load_cifar10, load_digits, open_dataset, read_batches
 from runtime import UserError
 
 CROPS = ["375x500", "768x1024", "300x90", "256x257", "70x64"]
@@ -225,10 +225,10 @@ def test_order_can_start_anywhere():
 def test_workers_change_nothing():
     order = BatchOrder(Numbers(50), 8, seed=3, stop_step=12)
     alone = [
-        images for images, _, _ in create_loader(Guarded(Numbers(50), False), order, 0, torch.device("cpu"))
+        images for images, _, _ in read_batches(Guarded(Numbers(50), False), order, 0, torch.device("cpu"))
     ]
     workers = [
-        images for images, _, _ in create_loader(Guarded(Numbers(50), False), order, 2, torch.device("cpu"))
+        images for images, _, _ in read_batches(Guarded(Numbers(50), False), order, 2, torch.device("cpu"))
     ]
     assert all(torch.equal(a, b) for a, b in zip(alone, workers)) and len(workers) == 12
 

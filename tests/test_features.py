@@ -158,6 +158,9 @@ def test_refused_extractions(source, cache, tmp_path):
     assert "--vae none: pixels need no cache" in refusal("--vae", "none")
     assert "holds a cache of other image size" in refusal("--features-path", cache, "--image-size", 20)
     os.system(f"cp -r {source / 'images'} {tmp_path / 'images'}")
+    write_image(tmp_path / "images" / "a" / "000.png", size=(30, 30))
+    others = refusal("--features-path", cache, "--data-path", tmp_path / "images")
+    assert "holds a cache of other images; give another folder" in others  # as many, of as many classes
     bad = tmp_path / "images" / "a" / "100.png"
     bad.write_bytes(bad.read_bytes()[:500])
     assert "100.png: cannot be read as an image" in refusal("--data-path", tmp_path / "images")

@@ -180,13 +180,46 @@ def test_which_run_is_continued(tmp_path, straight):
 
 
 def test_a_given_run_is_continued_with_other_options(tmp_path):
-    argv = [*ARGV, "--results-dir", tmp_path]
-    assert finish(start(argv, tmp_path / "out")) == [0]
-    more = [*argv, "--max-steps", 48, "--resume", folder_of(tmp_path)]
-    assert finish(start(more, tmp_path / "out")) == [0], (tmp_path / "out").read_text()
-    assert [row["step"] for row in rows(folder_of(tmp_path))][-3:] == [42, 45, 48]
-    assert finish(start([*argv, "--resume", tmp_path], tmp_path / "out")) == [2]
-    assert "no run's folder (no args.json)" in (tmp_path / "out").read_text()
+    def run(*argv, expect=0):
+        process = start([*ARGV, "--results-dir", tmp_path, *argv], tmp_path / "out")
+        assert finish(process) == [expect], (tmp_path / "out").read_text()
+        return (tmp_path / "out").read_text()
+
+    run()
+    folder = folder_of(tmp_path)
+    run("--max-steps", 48, "--weight-decay", 0.5, "--resume", folder)
+    assert [row["step"] for row in rows(folder)][-3:] == [42, 45, 48]
+    newest = folder / "checkpoints" / "0000048.pt"
+    assert checkpoint.load(str(newest)).contents["opt"]["param_groups"][0]["weight_decay"] == 0.5
+
+    # A given checkpoint is gone back to; what came after it is set aside:
+    assert "Continuing after step 16" in run("--resume", folder / "checkpoints" / "0000016.pt")
+    assert {"0000024.pt.unused", "0000024.pt", "0000048.pt.unused"} < set(os.listdir(folder / "checkpoints"))
+    assert [row["step"] for row in rows(folder)][-1] == 40
+
+    assert "--max-steps 10: " in run("--max-steps", 10, "--resume", folder, expect=2)
+    assert "no run's folder (no args.json)" in run("--resume", tmp_path, expect=2)
+
+
+def test_retention_does_not_count_damaged_checkpoints(tmp_path):
+    argv = [*ARGV, "--results-dir", tmp_path, "--keep-checkpoints", 1]
+    (run,) = one([*ARGV, "--results-dir", tmp_path], tmp_path / "out")
+    wait_for_step(folder_of(tmp_path), 27, [run])
+    run.kill()
+    finish(run)
+    folder = folder_of(tmp_path) / "checkpoints"
+    (folder / "0000024.pt").write_bytes(b"junk")
+    (run,) = one(argv, tmp_path / "out")
+    while "step=0000018" not in (tmp_path / "out").read_text():
+        assert run.is_alive()
+    os.kill(run.pid, signal.SIGTERM)
+    assert finish(run) == [0]
+    kept = [name for name in os.listdir(folder) if name.endswith(".pt")]
+    assert len(kept) == 1 and checkpoint.latest(str(folder)) == str(folder / kept[0])
+    for name in kept:
+        (folder / name).write_bytes(b"junk")
+    assert finish(start(argv, tmp_path / "out")) == [2]  # rather than from the beginning, over what is there
+    assert "none of its 1 checkpoints can be read" in (tmp_path / "out").read_text()
 
 
 def torchrun(*options):
@@ -200,26 +233,44 @@ def torchrun(*options):
 
 @pytest.mark.slow
 def test_sigterm_under_torchrun(tmp_path, straight_two):
-    """Both workers save and exit 0 within 10 s; killed outright later on, the run still ends the same."""
+    """Both save and exit 0 within 10 s, their loaders' workers too; then the agent is asked, then killed
+    outright."""
     launch = torchrun("--standalone", "--nproc_per_node=2")
-    run = launch(*ARGV, "--results-dir", tmp_path)
+    argv = [*ARGV, "--results-dir", tmp_path, "--num-workers", 2]
+
+    def workers(run):
+        return list(
+            map(
+                int,
+                subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split(),
+            )
+        )
+
+    run = launch(*argv)
     _wait(folder_of(tmp_path), 6)
-    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     sent = time.monotonic()
-    for worker in workers:
-        os.kill(int(worker), signal.SIGTERM)
-    assert run.wait(timeout=60) == 0, run.stdout.read()
-    assert time.monotonic() - sent < 10
-    assert "run the same command again to continue" in run.stdout.read()
-    run = launch(*ARGV, "--results-dir", tmp_path)
-    _wait(folder_of(tmp_path), 27)
+    for worker in workers(run):
+        os.killpg(os.getpgid(worker), signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and time.monotonic() - sent < 10, output
+    assert "run the same command again to continue" in output
+
+    run = launch(*argv)
+    _wait(folder_of(tmp_path), 18)
+    sent = time.monotonic()
+    os.kill(run.pid, signal.SIGTERM)  # the agent passes it on, and exits non-zero itself
+    output, _ = run.communicate(timeout=60)
+    assert time.monotonic() - sent < 10 and "run the same command again to continue" in output, output
+
+    run = launch(*argv)
+    _wait(folder_of(tmp_path), 30)
+    for worker in workers(run):
+        os.killpg(os.getpgid(worker), signal.SIGKILL)
     os.killpg(run.pid, signal.SIGKILL)
-    for worker in subprocess.run(
-        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True
-    ).stdout.split():
-        os.kill(int(worker), signal.SIGKILL)
-    run.wait()
-    assert launch(*ARGV, "--results-dir", tmp_path).wait(timeout=120) == 0
+    run.communicate()
+    run = launch(*argv)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
     assert_same_outcome(folder_of(tmp_path), straight_two)
 
 

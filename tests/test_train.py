@@ -73,7 +73,7 @@ def test_run_folder(finished):
     assert sorted(os.listdir(finished / "checkpoints")) == ["0000005.pt", "0000010.pt", "0000012.pt"]
     assert json.loads((finished / "args.json").read_text())["global_batch_size"] == 16
     log = (finished / "log.txt").read_text()
-    assert re.search(r"\(step=0000012\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d{2}, mse: ", log)
+    assert re.search(r"\(step=0000012\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d{2}, ", log)
     assert "Done!" in log and "Dataset contains 1,797 images" in log
     losses = metrics(finished)
     assert len(losses) == 12 and losses[0] == pytest.approx(1, abs=0.15)  # a new model predicts no noise

@@ -55,6 +55,31 @@ def test_accumulated_gradients(tmp_path, plain, runs):
         torch.testing.assert_close(weights(folder)[key], value, atol=2e-4, rtol=1e-3)
 
 
+def count_exchanges():
+    import train
+
+    prepare = train.prepare
+
+    def counting(*args):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def hook(state, bucket):
+            print("exchange")
+            return allreduce_hook(None, bucket)
+
+        parallel = prepare(*args)
+        parallel.register_comm_hook(None, hook)
+        return parallel
+
+    train.prepare = counting
+
+
+def test_gradients_are_exchanged_once_a_step(tmp_path):
+    argv = [*QUICK, "--global-batch-size", 32, "--grad-accum-steps", 4]
+    _, printed = run(tmp_path, *argv, runs=start_two, before=count_exchanges)
+    assert printed.count("exchange\n") == 2 * 12  # by two processes, in twelve steps of four parts
+
+
 @pytest.mark.parametrize("runs", [None, start_two])
 def test_checkpointed_blocks(tmp_path, plain, runs):
     folder, _ = run(tmp_path, *QUICK, "--global-batch-size", 32, "--grad-checkpointing", runs=runs)
@@ -282,11 +307,22 @@ def fill_the_disk_at_the_second_save():
     torch.save = limited
 
 
-def test_a_full_disk(tmp_path):
-    folder, printed = run(tmp_path, *STEADY, expect=2, before=fill_the_disk_at_the_second_save)
-    line = printed.strip().splitlines()[-1]
-    assert "0000016.pt: could not be written (" in line and "earlier checkpoints stand" in line
-    assert os.listdir(folder / "checkpoints") == ["0000008.pt"] and len(weights(folder, 8)) > 0
+@pytest.mark.parametrize(
+    "runs, extra, suffix", [(None, [], ".pt"), (start_two, [], ".pt"), (start_two, ["--shard"], "")]
+)
+def test_a_full_disk(tmp_path, runs, extra, suffix):
+    folder, printed = run(
+        tmp_path, *STEADY, *extra, runs=runs, expect=2, before=fill_the_disk_at_the_second_save
+    )
+    lines = [line for line in printed.splitlines() if "error: " in line]
+    assert len(lines) == (2 if runs else 1)  # every process says it
+    assert all(
+        f"0000016{suffix}: could not be written (" in line and "earlier checkpoints stand" in line
+        for line in lines
+    )
+    newest = checkpoint.latest(str(folder / "checkpoints"))
+    assert newest == str(folder / "checkpoints" / f"0000008{suffix}")
+    assert len(checkpoint.load(newest).state_dict()) > 0
 
 
 @pytest.fixture
@@ -313,6 +349,14 @@ def test_an_unreadable_image_stops_after_saving(tmp_path, images, runs):
     trained = losses(folder)
     assert 0 < len(trained) < 10
     assert os.listdir(folder / "checkpoints") == [f"{len(trained):07d}.pt"] and "[saved " in errors[0]
+
+
+def test_an_unreadable_held_out_image_is_refused_first(tmp_path, images):
+    """Later it would stop every run that comes to it."""
+    for i in range(40):
+        (tmp_path / "images" / f"{i:02d}.png").write_bytes((tmp_path / "images" / "07.png").read_bytes())
+    folder, printed = run(tmp_path / "results", *images, "--eval-every", 2, expect=2)
+    assert "cannot be read as an image" in printed and not folder.exists()
 
 
 @pytest.mark.parametrize("runs", [None, start_two])
