@@ -209,8 +209,8 @@ def test_retention_does_not_count_damaged_checkpoints(tmp_path):
     finish(run)
     folder = folder_of(tmp_path) / "checkpoints"
     (folder / "0000024.pt").write_bytes(b"junk")
-    (run,) = one(argv, tmp_path / "out")
-    while "step=0000018" not in (tmp_path / "out").read_text():
+    (run,) = one(argv, tmp_path / "again")
+    while not (tmp_path / "again").exists() or "step=0000018" not in (tmp_path / "again").read_text():
         assert run.is_alive()
     os.kill(run.pid, signal.SIGTERM)
     assert finish(run) == [0]
