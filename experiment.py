@@ -278,5 +278,5 @@ def import_wandb():
     try:
         import wandb
     except ImportError as error:
-        raise UserError("--wandb: not installed; pip install wandb, or uv add wandb") from error
+        raise UserError("--wandb: not installed; uv sync --group wandb, or pip install wandb") from error
     return wandb
