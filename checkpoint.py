@@ -28,7 +28,7 @@ import torch
 
 import sharding
 from models import DiT, DiT_models
-from runtime import Parser, UserError, launch
+from runtime import Parser, UserError, launch, whole_file
 
 
 def save(path, contents):
@@ -37,21 +37,15 @@ def save(path, contents):
 
     Raises UserError where it cannot be written, a full disk say; what was there before still stands.
     """
-    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path, "wb") as file:
             torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"{path}: could not be written ({reason}); earlier checkpoints stand; make room and run the same"

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
-from runtime import UserError
+from runtime import UserError, whole_file
 
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
@@ -129,22 +129,14 @@ class Experiment:
         return folder
 
     def _write_settings(self, args):
-        write_whole(os.path.join(self.folder, "args.json"), json.dumps(vars(args), indent=2))
+        with whole_file(os.path.join(self.folder, "args.json")) as file:
+            json.dump(vars(args), file, indent=2)
 
     def finish(self):
         """Mark the run as finished: the same command then starts a new one."""
         with open(os.path.join(self.folder, ".finished"), "w"):
             pass
         self.lock.release()
-
-
-def write_whole(path, text):
-    """Write a text file, whole or not at all."""
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def comparable(settings):
@@ -162,11 +154,11 @@ def read_settings(folder):
 
 
 class Metrics:
-    """Where a run's numbers go: log.txt, metrics.jsonl, TensorBoard where it is installed, W&B where
+    """Where a run's numbers go: metrics.jsonl, TensorBoard where it is installed, W&B where
     asked."""
 
-    def __init__(self, folder, logger, *, start_step, use_wandb=False, settings=None):
-        self.path, self.logger = os.path.join(folder, "metrics.jsonl"), logger
+    def __init__(self, folder, *, start_step, use_wandb=False, settings=None):
+        self.path = os.path.join(folder, "metrics.jsonl")
         self._drop_after(start_step)
         self.tensorboard = self.wandb = None
         if importlib.util.find_spec("tensorboard"):
@@ -189,7 +181,8 @@ class Metrics:
                         kept.append(line)
                 except json.JSONDecodeError:  # the end of a line that was never finished
                     break
-        write_whole(self.path, "".join(kept))
+        with whole_file(self.path) as file:
+            file.writelines(kept)
 
     def write(self, step, **numbers):
         """Add a row for a step."""

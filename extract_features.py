@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 
 from autoencoder import add_vae_argument, describe_vae, load_autoencoder
 from data import MANIFEST, Guarded, open_dataset, read_batches
-from experiment import write_whole
 from runtime import (
     Parser,
     UserError,
@@ -37,6 +36,7 @@ from runtime import (
     launch,
     set_precision,
     start_processes,
+    whole_file,
 )
 
 
@@ -128,7 +128,8 @@ def begin(folder, manifest):
                     if name.startswith("shard-") or name.endswith(".tmp"):
                         os.remove(os.path.join(folder, name))
             return found["complete"]
-        write_whole(path, json.dumps(manifest, indent=1))
+        with whole_file(path) as file:
+            json.dump(manifest, file, indent=1)
     except OSError as error:
         raise UserError(f"--features-path {folder}: cannot be written to ({error.strerror})") from error
     return False
@@ -167,18 +168,16 @@ def finish_shard(folder, shard, moments, labels, autoencoder):
     with refusing(folder):
         for kind, values in (("labels", labels), ("moments", moments)):
             path = os.path.join(folder, note[kind])
-            with open(path + ".tmp", "wb") as file:
+            with whole_file(path, "wb") as file:
                 np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".tmp", path)
         with open(path, "rb") as file:
             note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
         mean, logvar = np.split(moments.astype(np.float64), 2, axis=2)
         mean = (mean - autoencoder.shift) * autoencoder.scale
         square = mean**2 + np.exp(logvar) * autoencoder.scale**2
         note |= dict(values=mean.size, sum=float(mean.sum()), square=float(square.sum()))
-        write_whole(note_path(folder, shard), json.dumps(note))
+        with whole_file(note_path(folder, shard)) as file:
+            json.dump(note, file)
 
 
 @contextlib.contextmanager
@@ -220,8 +219,8 @@ def complete(folder, manifest, shards):
     mean = total / n
     manifest["latents"] = dict(mean=mean, std=math.sqrt(square / n - mean**2))
     with refusing(folder):
-        whole = dict(manifest, complete=True, shards=notes)
-        write_whole(os.path.join(folder, MANIFEST), json.dumps(whole, indent=1))
+        with whole_file(os.path.join(folder, MANIFEST)) as file:
+            json.dump(dict(manifest, complete=True, shards=notes), file, indent=1)
         for shard in shards:
             os.remove(note_path(folder, shard))
 

@@ -33,6 +33,22 @@ def blame(flag):
         raise UserError(f"{flag}: {error}") from error
 
 
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """A file to write that stands under its name only when complete and on the disk, or not at all."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage, which --help shows."""
 
@@ -128,7 +144,7 @@ class StopRequest:
     """Whether the run was asked to stop, by SIGTERM, SIGINT or a problem, agreed on by all processes."""
 
     def __init__(self, processes):
-        self.processes, self.signalled = processes, False
+        self.signalled = False
         self.group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
         signal.signal(signal.SIGTERM, self._note)  # which a launcher may send more than once
         self.previous = signal.signal(signal.SIGINT, self._note)

@@ -172,13 +172,15 @@ def main(args):
     parallel.train()
     metrics = None
     if processes.is_main:
-        metrics = Metrics(folder, logger, start_step=start, use_wandb=args.wandb, settings=vars(args))
+        metrics = Metrics(folder, start_step=start, use_wandb=args.wandb, settings=vars(args))
     order = BatchOrder(
         training_set, args.global_batch_size, rank=processes.rank, world_size=world_size,
         seed=args.global_seed, start_step=start, stop_step=total,
     )  # fmt: skip
     batches = read_batches(Guarded(training_set, args.skip_bad_images), order, args.num_workers, device)
-    rate = 6 * count_macs(model) * args.global_batch_size / world_size  # FLOP a step and device
+    peak = peak_flops(device, args.precision)
+    # The share of the peak that a step a second would be, by this device's FLOP:
+    share = 6 * count_macs(model) * args.global_batch_size / world_size / peak if peak else None
     stop, watch, path, saved = StopRequest(processes), Watch(device), resume_path, start
     bar = tqdm(
         total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
@@ -194,7 +196,7 @@ def main(args):
             meter.add_skipped(len(problems))
 
             draws = draw_step(args, step, processes, timestep_sampler, model)
-            set_learning_rate(optimizer, args.lr * min(1.0, step / max(1, args.warmup_steps)))
+            set_learning_rate(optimizer, learning_rate(args, step))
             optimizer.zero_grad(set_to_none=True)
             terms = backward(process, network, parallel, autoencoder, images, labels, draws, args)
             norm = gradient_norm(parallel, args.clip_grad)
@@ -209,7 +211,7 @@ def main(args):
                 watch.check(processes, path)
                 means = meter.read(processes)
                 if processes.is_main:
-                    report(means, norm, step, total, rate, args, device, metrics, logger, bar)
+                    report(means, norm, step, total, share, args, device, metrics, logger, bar)
             if args.eval_every and step % args.eval_every == 0:
                 loss = evaluate(process, ema, autoencoder, held_out, args, processes)
                 if processes.is_main:
@@ -321,6 +323,11 @@ class Watch:
             )
 
 
+def learning_rate(args, step):
+    """The learning rate of a step: --lr, or less during --warmup-steps."""
+    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+
+
 def set_learning_rate(optimizer, rate):
     """Give all parameters this learning rate from now on."""
     for group in optimizer.param_groups:
@@ -341,21 +348,20 @@ def update_ema(ema_model, model, decay=0.9999):
     torch._foreach_add_(averages, weights, alpha=1 - decay)
 
 
-def report(means, norm, step, total, rate, args, device, metrics, logger, bar):
+def report(means, norm, step, total, share, args, device, metrics, logger, bar):
     """Write a line of log.txt and a row of metrics.jsonl, and the loss on the bar."""
     speed, left = means["steps_per_sec"], (total - step) / means["steps_per_sec"]
-    numbers = dict(grad_norm=norm.item(), lr=args.lr * min(1.0, step / max(1, args.warmup_steps)),
+    numbers = dict(grad_norm=norm.item(), lr=learning_rate(args, step),
                    memory_gib=memory_gib(device))  # fmt: skip
-    peak = peak_flops(device, args.precision)
-    if peak:
-        numbers["mfu"] = rate * speed / peak
+    if share:
+        numbers["mfu"] = share * speed
     metrics.write(step, **means, **numbers)
     logger.info(
         f"(step={step:07d}) Train Loss: {means['loss']:.4f}, Train Steps/Sec: {speed:.2f}"
         + "".join(f", {name}: {means[name]:.4f}" for name in ("mse", "vb") if "vb" in means)
         + f", Grad Norm: {numbers['grad_norm']:.3f}, LR: {numbers['lr']:.2e}"
         + f", Memory: {numbers['memory_gib']:.1f} GiB, Left: {timedelta(seconds=round(left))}"
-        + (f", MFU: {numbers['mfu']:.1%}" if peak else "")
+        + (f", MFU: {numbers['mfu']:.1%}" if share else "")
         + (f", Skipped: {means['skipped_images']:.0f}" if means["skipped_images"] else "")
     )
     bar.set_postfix(loss=f"{means['loss']:.4f}")
