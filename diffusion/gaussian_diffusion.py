@@ -17,6 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from .diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .schedules import betas_for_alpha_bar, get_beta_schedule, get_named_beta_schedule
+from .solvers import SOLVERS, Point
+
+__all__ = [
+    "SAMPLERS", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar",
+    "get_beta_schedule", "get_named_beta_schedule",
+]  # fmt: skip
 
 
 class ModelMeanType(enum.Enum):
@@ -48,53 +55,6 @@ class LossType(enum.Enum):
     @property
     def is_vb(self):
         return self in (LossType.KL, LossType.RESCALED_KL)
-
-
-def get_beta_schedule(beta_schedule, *, beta_start, beta_end, num_diffusion_timesteps):
-    """Betas, float64 (num_diffusion_timesteps,), of DDPM's schedules between two values."""
-    steps = num_diffusion_timesteps
-
-    def warmup(share):
-        betas, rising = np.full(steps, beta_end, dtype=np.float64), int(steps * share)
-        betas[:rising] = np.linspace(beta_start, beta_end, rising, dtype=np.float64)
-        return betas
-
-    schedules = {
-        "linear": lambda: np.linspace(beta_start, beta_end, steps, dtype=np.float64),
-        "quad": lambda: np.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=np.float64) ** 2,
-        "const": lambda: np.full(steps, beta_end, dtype=np.float64),
-        "warmup10": lambda: warmup(0.1),
-        "warmup50": lambda: warmup(0.5),
-        "jsd": lambda: 1.0 / np.linspace(steps, 1, steps, dtype=np.float64),
-    }
-    if beta_schedule not in schedules:
-        raise ValueError(f"noise schedule {beta_schedule!r}: choose one of {', '.join(schedules)}")
-    return schedules[beta_schedule]()
-
-
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """Betas of a schedule by name, which keeps its shape whatever the number of steps.
-
-    "linear" (DDPM's, scaled from 1000 steps), "squaredcos_cap_v2" or "cosine" (improved DDPM, eq. 17), or one
-    of get_beta_schedule's, between the same ends as linear."""
-    if schedule_name in ("squaredcos_cap_v2", "cosine"):
-        return betas_for_alpha_bar(
-            num_diffusion_timesteps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        )
-    scale = 1000 / num_diffusion_timesteps
-    return get_beta_schedule(
-        schedule_name,
-        beta_start=scale * 0.0001,
-        beta_end=scale * 0.02,
-        num_diffusion_timesteps=num_diffusion_timesteps,
-    )
-
-
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
-    """Betas that give a_bar(u), a function of u in [0, 1], none above max_beta."""
-    steps = num_diffusion_timesteps
-    ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
-    return np.array([min(1 - ratio, max_beta) for ratio in ratios], dtype=np.float64)
 
 
 class GaussianDiffusion:
@@ -226,12 +186,7 @@ class GaussianDiffusion:
 
     def _interpret(self, output, x, t, clip_denoised=True, denoised_fn=None):
         """p_mean_variance from a model's output, already at hand."""
-        channels = 2 * x.shape[1] if self.learns_variance else x.shape[1]
-        if output.shape != (x.shape[0], channels, *x.shape[2:]):
-            raise ValueError(
-                f"the model returned {tuple(output.shape)} for x {tuple(x.shape)}: this process"
-                f" ({self.model_var_type.name}) takes {channels} channels; learn_sigma of the two must agree"
-            )
+        self._check_output(output, x)
         if self.learns_variance:
             output, values = output.chunk(2, dim=1)
             if self.model_var_type is ModelVarType.LEARNED:
@@ -255,6 +210,14 @@ class GaussianDiffusion:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         return dict(mean=mean, variance=variance, log_variance=log_variance, pred_xstart=pred_xstart)
+
+    def _check_output(self, output, x):
+        channels = 2 * x.shape[1] if self.learns_variance else x.shape[1]
+        if output.shape != (x.shape[0], channels, *x.shape[2:]):
+            raise ValueError(
+                f"the model returned {tuple(output.shape)} for x {tuple(x.shape)}: this process"
+                f" ({self.model_var_type.name}) takes {channels} channels; learn_sigma of the two must agree"
+            )
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
         return (
@@ -394,30 +357,118 @@ class GaussianDiffusion:
         """Training times: (n,) steps, uniform."""
         return torch.randint(0, self.num_timesteps, (n,), device=device, generator=generator)
 
+    def count_steps(self, sampler, steps=None):
+        """How many steps `sample` takes, and how often it calls back. Raises ValueError for what it cannot
+        do."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if steps is None:
+            return self.num_timesteps
+        if sampler in SPACED_SAMPLERS:
+            from .respace import space_timesteps
+
+            return len(space_timesteps(self.original_num_steps, steps))
+        try:
+            count = int(steps)
+        except ValueError:
+            raise ValueError(f"{steps!r} is not a number of steps, and {sampler} takes no other") from None
+        if not 1 <= count < self.original_num_steps:
+            raise ValueError(f"{count} steps: must be between 1 and {self.original_num_steps - 1}")
+        return count
+
     def sample(
         self, model, noise, *, sampler="ddpm", steps=None, model_kwargs=None, guidance=None, randn_like=None,
         callback=None, clip_denoised=False,
     ):  # fmt: skip
         """Denoise: noise (N, C, …) to x (N, C, …).
 
-        sampler      one of SAMPLERS: "ddpm" (ancestral) or "ddim" (deterministic)
-        steps        how many steps, or a spacing as "10,15,20" or "ddim50"; None for every step of training
+        sampler      one of SAMPLERS: "ddpm" (ancestral), or deterministic ones, good with fewer
+                     steps: "ddim", "dpm++", "euler", "heun"
+        steps        how many; for ddpm and ddim also a spacing as "10,15,20" or "ddim50"; None for as many as
+                     this process has
         guidance     turns the model into a guided one; see guidance.py
+        randn_like   takes the place of torch.randn_like, called once a step by ddpm, and not otherwise
         callback     called after every step with a dict of i (steps done so far), t (the model's time), x,
                      pred_xstart
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        count = self.count_steps(sampler, steps)
+        options = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised)
+        if sampler in SPACED_SAMPLERS:
+            process = self if steps is None else self.respaced(steps)
+            states = process._ancestral_or_ddim(model, noise, sampler, guidance, randn_like, **options)
+            times = process.timestep_map[::-1]
+        else:
+            points = self.points(count)
+            states = SOLVERS[sampler](self._predictor(model, guidance, **options), noise, points)
+            times = [point.time for point in points]
+        x = noise
+        for i in range(count):
+            with torch.no_grad():  # not around the callback
+                x, pred_xstart = next(states)
+            if callback is not None:
+                callback(dict(i=i + 1, t=int(times[i]), x=x, pred_xstart=pred_xstart))
+        return x
+
+    def _ancestral_or_ddim(self, model, x, sampler, guidance, randn_like, **options):
+        """Yield (x, pred_xstart) for every step of this process, as the published loops do."""
+        step, levels = self.p_sample, np.sqrt(1 / self.alphas_cumprod - 1)
+        if sampler == "ddim":  # whose noise is weighed by 0
+            step, randn_like = self.ddim_sample, torch.zeros_like
+        for i in reversed(range(self.num_timesteps)):
+            t = torch.full((len(x),), i, device=x.device)
+            time = self.timestep_map[i] / self.original_num_steps
+            guided = model if guidance is None else guidance.wrap(model, levels[i], time)
+            out = step(guided, x, t, randn_like=randn_like, **options)
+            x = out["sample"]
+            yield x, out["pred_xstart"]
+
+    def invert(self, model, x_start, *, steps=None, model_kwargs=None, callback=None, clip_denoised=False):
+        """DDIM in reverse: the noise (N, C, …) from which DDIM with these steps leads back to about
+        x_start."""
         process = self if steps is None else self.respaced(steps)
-        model = model if guidance is None else guidance.wrap(model)
-        x, times = noise, process.timestep_map[::-1]
-        loop = getattr(process, SAMPLERS[sampler])
-        options = dict(clip_denoised=clip_denoised, model_kwargs=model_kwargs, randn_like=randn_like)
-        for i, out in enumerate(loop(model, noise.shape, noise, **options)):
+        x = x_start
+        for i in range(process.num_timesteps - 1):
+            t = torch.full((len(x),), i, device=x.device)
+            with torch.no_grad():
+                out = process.ddim_reverse_sample(
+                    model, x, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+                )
             x = out["sample"]
             if callback is not None:
-                callback(dict(i=i + 1, t=int(times[i]), x=x, pred_xstart=out["pred_xstart"]))
+                callback(dict(i=i + 1, t=int(process.timestep_map[i]), x=x, pred_xstart=out["pred_xstart"]))
         return x
+
+    def points(self, steps):
+        """The points of a solver, evenly over the original steps from the last one, and clean data at the
+        end."""
+        last, a_bar = self.original_num_steps - 1, np.cumprod(1 - self.original_betas)
+        points = []
+        for i in np.linspace(0, last, steps + 1).round().astype(int)[:0:-1].tolist():
+            alpha, sigma = math.sqrt(a_bar[i]), math.sqrt(1 - a_bar[i])
+            points.append(Point(i, alpha, sigma, scale=alpha, clock=sigma / alpha, slope=(0.0, 1.0)))
+        return [*points, Point(None, 1.0, 0.0, scale=1.0, clock=0.0, slope=(0.0, 1.0))]
+
+    def _predictor(self, model, guidance, model_kwargs, clip_denoised):
+        """A model as solvers ask it: (x, point) to (x_start, noise)."""
+
+        def predict(x, point):
+            time, guided = point.time / self.original_num_steps, model
+            if guidance is not None:
+                guided = guidance.wrap(model, point.sigma / point.alpha, time)
+            t = torch.full((len(x),), point.time, device=x.device)
+            output = guided(x, t, **(model_kwargs or {})).float()
+            self._check_output(output, x)
+            output = output[:, : x.shape[1]]
+            if self.model_mean_type is ModelMeanType.EPSILON:
+                noise, x_start = output, (x - point.sigma * output) / point.alpha
+                if not clip_denoised:
+                    return x_start, noise
+            else:
+                x_start = output
+            x_start = x_start.clamp(-1, 1) if clip_denoised else x_start
+            return x_start, (x - point.alpha * x_start) / point.sigma
+
+        return predict
 
     # -----------------------------------------------------------------------------------------
     # Training and evaluation
@@ -496,8 +547,9 @@ class GaussianDiffusion:
         return dict(total_bpd=vb.sum(dim=1) + prior, prior_bpd=prior, vb=vb, xstart_mse=xstart_mse, mse=mse)
 
 
-# What --sampler can name, and the loop it stands for:
-SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
+# The samplers that walk the steps of a (re)spaced process, as published; the others solve its ODE.
+SPACED_SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = (*SPACED_SAMPLERS, *(name for name in SOLVERS if name not in SPACED_SAMPLERS))
 
 
 def _unless_last(t, x):

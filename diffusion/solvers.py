@@ -1,0 +1,96 @@
+"""Few-step solvers, one page each, for any process x = alpha x_start + sigma noise.
+
+Each is a generator `solver(predict, x, points)` over points from noise to data: it yields (x, pred_xstart) at
+every point after the first.
+
+    predict(x, point)   the predicted (x_start, noise) at a point, each as x (N, C, …)
+    points              N + 1 of them for N steps
+
+Scalars are Python floats, so float64, whatever the type of x. Nothing random is drawn.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """A time on the way from noise to data.
+
+    time          what the model is told; None where the model knows nothing, at the end of a diffusion
+    alpha, sigma  of x = alpha x_start + sigma noise
+    The ODE that Euler and Heun follow is that of x / scale over `clock`, whose derivative is
+    slope[0] x_start + slope[1] noise. A flow runs over its own time and leaves x as it is; a diffusion
+    runs over sigma / alpha with x / alpha (Karras et al., arXiv 2206.00364, section 4), where Euler is DDIM.
+    """
+
+    time: float | None
+    alpha: float
+    sigma: float
+    scale: float
+    clock: float
+    slope: tuple[float, float]
+
+    @property
+    def log_snr(self):
+        """lambda = ln(alpha / sigma), infinite at either end."""
+        if self.sigma == 0:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+
+    def derivative(self, x_start, noise):
+        return self.slope[0] * x_start + self.slope[1] * noise
+
+
+def ddim(predict, x, points):
+    """DDIM (Song et al., arXiv 2010.02502, eq. 12): the prediction, noised again to the next level."""
+    for here, there in zip(points, points[1:]):
+        x_start, noise = predict(x, here)
+        x = there.alpha * x_start + there.sigma * noise
+        yield x, x_start
+
+
+def euler(predict, x, points):
+    """Euler's method, of first order."""
+    for here, there in zip(points, points[1:]):
+        x_start, noise = predict(x, here)
+        x = _advance(x, here, there, here.derivative(x_start, noise))
+        yield x, x_start
+
+
+def heun(predict, x, points):
+    """Heun's method (the explicit trapezoid), of second order, with two evaluations a step.
+
+    The last step is Euler's where the model knows nothing of its end."""
+    for here, there in zip(points, points[1:]):
+        x_start, noise = predict(x, here)
+        slope = here.derivative(x_start, noise)
+        trial = _advance(x, here, there, slope)
+        if there.time is not None:
+            slope = (slope + there.derivative(*predict(trial, there))) / 2
+            trial = _advance(x, here, there, slope)
+        x = trial
+        yield x, x_start
+
+
+def _advance(x, here, there, slope):
+    return (there.scale / here.scale) * x + (there.scale * (there.clock - here.clock)) * slope
+
+
+def dpm_solver_pp(predict, x, points):
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), of second order, one evaluation a step.
+
+    The first step, and the last one where it ends in clean data, are of first order."""
+    previous, h_previous = None, None
+    for here, there in zip(points, points[1:]):
+        x_start, _ = predict(x, here)
+        h = there.log_snr - here.log_snr
+        target = x_start
+        if previous is not None and there.sigma > 0:
+            target = x_start + (x_start - previous) * (h / (2 * h_previous))  # h / h_previous = 1 / r
+        x = (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * target
+        previous, h_previous = x_start, h
+        yield x, x_start
+
+
+SOLVERS = {"ddim": ddim, "euler": euler, "heun": heun, "dpm++": dpm_solver_pp}
