@@ -4,16 +4,28 @@ From a training run, with nothing to repeat from its command:
 
     python sample.py --ckpt results/000-DiT-S-2-digits/checkpoints/0002000.pt --class-labels 0 1 2 3
 
-From the published weights, fetched on first use:
+From the published weights, fetched on first use; classes by name, few steps, an animation:
 
     python sample.py --image-size 512 --seed 1
+    python sample.py --class-labels "golden retriever" otter --sampler dpm++ --gif
 """
+
+import os
+from itertools import cycle, islice
 
 from autoencoder import add_vae_argument
 from download import PRETRAINED_MODELS
+from images import make_folder, save_gif, save_grid, save_image, to_uint8
+from labels import class_names, resolve_labels
 from models import DiT_models
-from runtime import Parser, UserError, add_precision_argument, launch, set_precision, start_processes
-from sampler import Plan, add_sampling_arguments, check_labels, check_sampling_options, save_grid
+from runtime import Parser, UserError, launch, set_precision, start_processes
+from sampler import (
+    Plan,
+    add_sampling_arguments,
+    add_speed_arguments,
+    check_sampling_options,
+    sampling_options,
+)
 
 # The eight classes of the published picture: golden retriever, otter, red panda, geyser, macaw, valley,
 # balloon, Arctic fox.
@@ -23,39 +35,71 @@ PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 def main(args):
     """Sample images into sample.png."""
     # Check the options:
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be 0 or more, below 2^63")
-    check_sampling_options(args.cfg_scale, args.num_sampling_steps)
+    for seed in args.seed:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seed {seed}: must be 0 or more, below 2^63")
+    if args.num_samples is not None and args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples}: must be at least 1")
+    options = sampling_options(args)
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
-    if args.dry_run and args.ckpt in PRETRAINED_MODELS:
-        print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
-        return
+    if args.ckpt in PRETRAINED_MODELS:  # before they are fetched
+        choose_labels(args, 1000)
+        check_sampling_options(options)
+        if args.dry_run:
+            print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
+            return
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
         num_classes=args.num_classes, vae=args.vae,
     )  # fmt: skip
-    num_classes = plan.model_config["num_classes"]
-    labels = args.class_labels or default_labels(num_classes)
-    plan.check(
-        args.class_labels, cfg_scale=args.cfg_scale, steps=args.num_sampling_steps, sampler=args.sampler
-    )
+    labels = choose_labels(args, plan.model_config["num_classes"], plan.classes)
+    count = labels if isinstance(labels, int) else len(labels)
+    if len(args.seed) not in (1, count):
+        raise UserError(f"--seed: {len(args.seed)} seeds for {count} samples; give as many, or the first one")
+    plan.check(**options)
     if args.dry_run:
         print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
         return
+    if args.out:
+        make_folder(args.out, "--out")
 
     # Load the model:
     processes = start_processes()
-    set_precision(args.precision, processes.device)
-    sampler = plan.build(processes.device)
+    precision = set_precision(args.precision, processes.device)
+    sampler = plan.build(processes.device, precision, args.compile)
 
     # Sample:
+    seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + count)
     images = sampler.sample(
-        labels, seeds=args.seed, cfg_scale=args.cfg_scale, steps=args.num_sampling_steps,
-        sampler=args.sampler, progress=True,
+        labels, seeds=seeds, published_draws=args.published_draws, return_trajectory=args.gif,
+        progress=True, **options,
     )  # fmt: skip
+    if args.gif:
+        images, trajectory = images
+        save_gif(trajectory, "sample.gif", nrow=4)
     save_grid(images, "sample.png", nrow=4)
-    print(f"Saved {len(images)} samples to sample.png" + (f", labels {labels}" if num_classes else ""))
+    if args.out:
+        for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds)):
+            label = None if isinstance(labels, int) else labels[i]
+            save_image(os.path.join(args.out, f"{i:06d}.png"), pixels, seed, label)
+    names = class_names(sampler.model.num_classes, plan.classes)
+    shown = "" if isinstance(labels, int) else f", labels {labels}"
+    if not isinstance(labels, int) and names[0] != "0":
+        shown += " (" + ", ".join(names[label].split(",")[0] for label in dict.fromkeys(labels)) + ")"
+    also = [name for name, wanted in (("sample.gif", args.gif), (args.out, args.out)) if wanted]
+    print(f"Saved {len(images)} samples to {' and '.join(['sample.png', *also])}{shown}")
+
+
+def choose_labels(args, num_classes, classes=None):
+    """The label of every image, or how many images of an unconditional model."""
+    if args.class_labels:
+        labels = resolve_labels(args.class_labels, num_classes, classes)
+    else:
+        labels = default_labels(num_classes)
+    if args.num_samples is None:
+        return labels
+    return list(islice(cycle(labels), args.num_samples)) if num_classes else args.num_samples
 
 
 def published_checkpoint(args):
@@ -68,7 +112,6 @@ def published_checkpoint(args):
         raise UserError(f"--image-size {image_size}: published weights are for 256 and 512; give --ckpt")
     if args.num_classes not in (None, 1000):
         raise UserError(f"--num-classes {args.num_classes}: the published weights have 1000; give --ckpt")
-    check_labels(args.class_labels or [], 1000)
     return name
 
 
@@ -97,13 +140,25 @@ def build_parser():
     add_vae_argument(parser, default=None)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="averaged weights, or those of the last step (default: ema)")
-    parser.add_argument("--class-labels", type=int, nargs="+", default=None, metavar="LABEL",
-                        help="classes to draw, one image each"
+    parser.add_argument("--class-labels", nargs="+", default=None, metavar="LABEL",
+                        help="classes to draw, one image each: numbers, or names of the data's or ImageNet's"
+                        " classes, as \"golden retriever\""
                         " (default: the published eight for ImageNet, else the first eight)")
-    parser.add_argument("--seed", type=int, default=0, metavar="SEED",
-                        help="of the first image; the next ones count on from it (default: 0)")
-    add_sampling_arguments(parser)
-    add_precision_argument(parser)
+    parser.add_argument("--num-samples", type=int, default=None, metavar="N",
+                        help="images; the labels take turns (default: one a label, or 8)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="SEED",
+                        help="of the first image, from which the next ones count on; or of each (default: 0)")
+    parser.add_argument("--published-draws", action="store_true",
+                        help="draw noise as the published script does, from one generator: the same"
+                        " weights and --seed then give its picture on the same kind of device (default: off)")
+    add_sampling_arguments(parser.add_argument_group("sampling"))
+    group = parser.add_argument_group("output")
+    group.add_argument("--gif", action="store_true",
+                       help="show how the images come out of the noise, in sample.gif (default: off)")
+    group.add_argument("--out", default=None, metavar="FOLDER",
+                       help="write every image as a PNG of its own there too, its seed and label in the"
+                       " file's metadata (default: none)")
+    add_speed_arguments(parser.add_argument_group("speed"))
     parser.add_argument("--dry-run", action="store_true",
                         help="check the options, load and write nothing (default: off)")
     # fmt: on

@@ -9,8 +9,8 @@ drawn in this order, on the CPU. So an image depends on its seed alone, not on i
 (but for rounding in matrix products, which changes with the shape of the batch).
 """
 
+import argparse
 import math
-import os
 from numbers import Integral
 
 import torch
@@ -18,13 +18,20 @@ from tqdm.auto import tqdm
 
 import checkpoint
 from autoencoder import Pixels, describe_vae, load_autoencoder
-from diffusion import SAMPLERS, Guidance, create_diffusion, create_process, space_timesteps
+from diffusion import SAMPLERS, SCHEDULES, Guidance, create_diffusion, create_process
 from download import find_file
-from models import null_label
-from runtime import UserError, blame
+from images import to_unit
+from models import DiT, null_label
+from runtime import UserError, add_precision_argument, blame
 
-# How the published scripts sample, where neither the caller nor the checkpoint says otherwise:
-DEFAULTS = dict(cfg_scale=4.0, steps="250", sampler="ddpm")
+# How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
+# samples guide three of the four latent channels; a model of another number of channels is guided whole.
+DEFAULTS = dict(
+    cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedule="constant", steps="250", sampler="ddpm"
+)  # fmt: skip
+# Steps of a sampler that is asked for in place of the default one:
+STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25"}
+FRAMES = 32  # of a trajectory, after the noise
 
 
 class SampleNoise:
@@ -49,6 +56,29 @@ class SampleNoise:
         return self.randn(x.shape[1:]).to(x.device, x.dtype)
 
 
+class PublishedNoise:
+    """Randomness of a batch of n as the published sample.py draws it: one generator, rows for the null half.
+
+    On the CPU, the initialisation of the model, of this config, comes first out of the same generator.
+    """
+
+    def __init__(self, seed, n, device, model_config):
+        self.n, self.device = n, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        if device.type == "cpu":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                DiT(**model_config)
+                self.generator.set_state(torch.get_rng_state())
+
+    def randn(self, shape):
+        return torch.randn(self.n, *shape, device=self.device, generator=self.generator)
+
+    def randn_like(self, x):
+        both = torch.randn(2 * self.n, *x.shape[1:], device=self.device, generator=self.generator)
+        return both[: self.n]
+
+
 class Sampler:
     """Samples a model.
 
@@ -56,7 +86,7 @@ class Sampler:
     process      the process it was trained for; None for the paper's diffusion
     autoencoder  what decodes its latents; None where the model sees pixels
     device       None for a GPU where there is one
-    defaults     cfg_scale, steps and sampler, for calls that do not give them
+    defaults     options for calls that do not give them, see DEFAULTS
     """
 
     def __init__(self, model, process=None, autoencoder=None, device=None, defaults=None):
@@ -67,12 +97,12 @@ class Sampler:
         self.defaults = {**DEFAULTS, **(defaults or {})}
 
     @classmethod
-    def from_checkpoint(cls, path, *, device=None, **options):
+    def from_checkpoint(cls, path, *, device=None, precision=None, compile=False, **options):
         """The sampler of a checkpoint file, or of published weights by name ("DiT-XL-2-256x256.pt").
 
-        Options: weights, model, image_size, num_classes, vae; see Plan.
+        precision, compile: see Plan.build. Options: weights, model, image_size, num_classes, vae; see Plan.
         """
-        return Plan(path, **options).build(device)
+        return Plan(path, **options).build(device, precision, compile)
 
     def sample(
         self,
@@ -80,9 +110,14 @@ class Sampler:
         *,
         seeds=None,
         cfg_scale=None,
+        cfg_channels=None,
+        cfg_interval=None,
+        cfg_schedule=None,
         steps=None,
         sampler=None,
         batch_size=64,
+        published_draws=False,
+        return_trajectory=False,
         progress=False,
     ):
         """Images (N, C, H, W), float in [0, 1], on the CPU.
@@ -90,41 +125,46 @@ class Sampler:
         n_or_labels   how many, with random labels; or the label of each, of 0 … num_classes-1
         seeds         one a sample, or the first of N consecutive ones; None for 0 … N-1
         cfg_scale     guidance: 1 for none; refused for a model that knows no null label
-        steps         denoising steps, or a spacing as "10,15,20" or "ddim50"
-        sampler       "ddpm" or "ddim"
+        cfg_channels  how many channels are guided, or "all"
+        cfg_interval  (low, high], the noise levels sigma / alpha that are guided
+        cfg_schedule  "constant", or "power-cosine"
+        steps         denoising steps; for ddpm and ddim also a spacing as "10,15,20" or "ddim50"
+        sampler       "ddpm", "ddim", "dpm++", "euler" or "heun"
         batch_size    images at a time; does not change them
+        published_draws    draw as the published sample.py does with the (one) seed: the same picture from
+                           the same weights, but an image then depends on its place among the others
+        return_trajectory  return (images, trajectory): at most 33 frames (F, N, C, H, W) from noise to image
         progress      show a bar
-        Raises UserError, a ValueError, for anything out of range.
+        None stands for the run's own default. Raises UserError, a ValueError, for anything out of range.
         """
-        labels = None if isinstance(n_or_labels, Integral) else [int(label) for label in n_or_labels]
-        count = int(n_or_labels) if labels is None else len(labels)
-        if count < 1:
-            raise UserError(f"{count} samples: ask for at least 1")
-        first = 0 if seeds is None else seeds
-        seeds = range(first, first + count) if isinstance(first, Integral) else list(seeds)
-        if len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} samples: give as many, or the first one")
-        cfg_scale, steps, sampler = settle_request(
-            self.model.config,
-            self.process.original_num_steps,
-            self.defaults,
-            labels,
-            cfg_scale,
-            steps,
-            sampler,
-        )
-        images, batches = [], math.ceil(count / batch_size)
-        process = self.process.respaced(steps)
-        with tqdm(
-            total=batches * process.num_timesteps, disable=not progress, desc="Sampling", unit="step"
-        ) as bar:
+        count, labels, seeds = self._settle_rows(n_or_labels, seeds)
+        options = self.settle(
+            labels=labels, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
+            cfg_schedule=cfg_schedule, steps=steps, sampler=sampler,
+        )  # fmt: skip
+        if published_draws:
+            self._check_published(seeds, options)
+            batch_size = count
+        total = self.process.count_steps(options["sampler"], options["steps"])
+        shown = {round(i * total / FRAMES) for i in range(1, FRAMES + 1)} if return_trajectory else ()
+        batches, images, trajectories = math.ceil(count / batch_size), [], []
+        with tqdm(total=batches * total, disable=not progress, desc="Sampling", unit="step") as bar:
             for start in range(0, count, batch_size):
-                rows = slice(start, start + batch_size)
-                x = self._sample_batch(
-                    process, seeds[rows], labels and labels[rows], cfg_scale, sampler, lambda _: bar.update()
-                )
-                images.append(((self.autoencoder.decode(x) + 1) / 2).clamp(0, 1).float().cpu())
-        return torch.cat(images)
+                rows, kept = slice(start, start + batch_size), []
+
+                def callback(state, kept=kept):
+                    bar.update()
+                    if state["i"] in shown:
+                        kept.append(state["x"])
+
+                batch_labels = None if labels is None else labels[rows]
+                x, _ = self.generate(seeds[rows], batch_labels, options, callback, published_draws, kept)
+                images.append(to_unit(x))
+                if return_trajectory:
+                    frames = [to_unit(self.autoencoder.decode(state)) for state in kept[:-1]]
+                    trajectories.append(torch.stack([*frames, images[-1]]))
+        images = torch.cat(images)
+        return (images, torch.cat(trajectories, dim=1)) if return_trajectory else images
 
     def sample_each_class(self, n_per_class, classes=None, **options):
         """n_per_class images of every class in turn, or of the classes given. Options as sample's."""
@@ -133,22 +173,93 @@ class Sampler:
             raise UserError("sample_each_class: this model is unconditional; use sample(n)")
         return self.sample([label for label in classes for _ in range(n_per_class)], **options)
 
-    def _sample_batch(self, process, seeds, labels, cfg_scale, sampler, callback):
-        model, noise = self.model, SampleNoise(seeds)
-        model_kwargs, guidance = {}, None
-        if model.num_classes:
-            y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels)
-            model_kwargs = dict(y=y.to(self.device))
-            if cfg_scale != 1:
-                # The published samples guide three of the four latent channels; anything else is guided
-                # whole.
-                channels = 3 if model.in_channels == 4 else None
-                guidance = Guidance(cfg_scale, model.null_label, channels)
-        z = noise.randn((model.in_channels, *model.input_size)).to(self.device)
-        return process.sample(
-            model, z, sampler=sampler, model_kwargs=model_kwargs, guidance=guidance,
-            randn_like=noise.randn_like, clip_denoised=self.autoencoder.clip_denoised, callback=callback,
+    def image_to_image(self, images, labels=None, new_labels=None, *, cfg_scale=None, steps=None):
+        """Images (N, C, H, W) in [0, 1] led back to noise by reverse DDIM, then to images of other labels.
+
+        labels       what they show, one each; None for not known
+        new_labels   what they should show; None for the same, which gives about the same images
+        cfg_scale    guidance on the way to the new images alone; steps: of each way
+        """
+        old = None if labels is None else [int(label) for label in labels]
+        new = old if new_labels is None else [int(label) for label in new_labels]
+        for given in (old, new):
+            if given is not None and len(given) != len(images):
+                raise UserError(f"{len(given)} labels for {len(images)} images: give as many")
+        options = self.settle(
+            labels=[*(old or []), *(new or [])] or None, cfg_scale=cfg_scale, steps=steps, sampler="ddim"
+        )
+        null = self.model.null_label
+        if self.model.num_classes and None in (old, new) and null is None:
+            raise UserError("labels: this model was trained with every label given; name those of the images")
+        shape = (len(images), self.model.in_channels, *self.model.input_size)
+        x = self.autoencoder.encode(images.to(self.device) * 2 - 1, torch.zeros(shape, device=self.device))
+        clip = self.autoencoder.clip_denoised
+        noise = self.process.invert(
+            self.model, x, steps=options["steps"], model_kwargs=self._model_kwargs(old, len(x)),
+            clip_denoised=clip,
         )  # fmt: skip
+        x = self.process.sample(
+            self.model, noise, sampler="ddim", steps=options["steps"], clip_denoised=clip,
+            model_kwargs=self._model_kwargs(new, len(x)),
+            guidance=None if new is None else make_guidance(options, self.model.config),
+        )  # fmt: skip
+        return to_unit(self.autoencoder.decode(x))
+
+    def settle(self, **options):
+        """All sampling options, with the defaults for those left out; UserError for what cannot be."""
+        return settle_options(self.model.config, self.process, self.defaults, **options)
+
+    def generate(self, seeds, labels, options, callback=None, published_draws=False, kept=None):
+        """One batch, decoded but not rounded or clamped: (images (N, C, H, W) in about [-1, 1], labels (N,)).
+
+        seeds     one a sample
+        labels    one a sample; None for random ones, or for an unconditional model
+        options   as `settle` gave them
+        kept      a list that gets the noise sampling starts from
+        """
+        model, shape = self.model, (self.model.in_channels, *self.model.input_size)
+        if published_draws:
+            noise = PublishedNoise(seeds[0], len(seeds), self.device, model.config)
+        else:
+            noise = SampleNoise(seeds)
+        if labels is None and model.num_classes:
+            labels = noise.labels(model.num_classes).tolist()
+        z = noise.randn(shape).to(self.device)
+        if kept is not None:
+            kept.append(z)
+        x = self.process.sample(
+            model, z, sampler=options["sampler"], steps=options["steps"],
+            model_kwargs=self._model_kwargs(labels, len(seeds)),
+            guidance=make_guidance(options, model.config), randn_like=noise.randn_like,
+            clip_denoised=self.autoencoder.clip_denoised, callback=callback,
+        )  # fmt: skip
+        return self.autoencoder.decode(x), labels
+
+    def _model_kwargs(self, labels, n):
+        if not self.model.num_classes:
+            return {}
+        labels = [self.model.null_label] * n if labels is None else labels
+        return dict(y=torch.tensor(labels, device=self.device))
+
+    @staticmethod
+    def _settle_rows(n_or_labels, seeds):
+        labels = None if isinstance(n_or_labels, Integral) else [int(label) for label in n_or_labels]
+        count = int(n_or_labels) if labels is None else len(labels)
+        if count < 1:
+            raise UserError(f"{count} samples: ask for at least 1")
+        first = 0 if seeds is None else seeds
+        seeds = range(first, first + count) if isinstance(first, Integral) else [int(seed) for seed in seeds]
+        if len(seeds) != count:
+            raise UserError(f"--seed: {len(seeds)} seeds for {count} samples; give as many, or the first one")
+        return count, labels, seeds
+
+    def _check_published(self, seeds, options):
+        if not isinstance(seeds, range):
+            raise UserError("--published-draws: takes one seed for all samples")
+        if options["sampler"] != "ddpm":
+            raise UserError(
+                f"--published-draws: the published script samples by ddpm, not {options['sampler']}"
+            )
 
 
 class Plan:
@@ -189,43 +300,72 @@ class Plan:
             )
         self.process = create_process(kept.get("process", dict(learn_sigma=self.model_config["learn_sigma"])))
         self.defaults = {**DEFAULTS, **kept.get("sampling", {})}
+        self.classes = kept.get("data", {}).get("classes")  # their names
 
-    def check(self, labels=None, cfg_scale=None, steps=None, sampler=None):
-        """Raise UserError for a request that this checkpoint cannot serve."""
-        num_timesteps = self.process.original_num_steps
-        settle_request(self.model_config, num_timesteps, self.defaults, labels, cfg_scale, steps, sampler)
+    def check(self, **options):
+        """Raise UserError for labels, or options of sampling, that this checkpoint cannot serve."""
+        return settle_options(self.model_config, self.process, self.defaults, **options)
 
-    def build(self, device=None):
-        """The Sampler, with all weights loaded."""
+    def build(self, device=None, precision=None, compile=False):
+        """The Sampler, with all weights loaded.
+
+        precision   "bf16" to store and multiply the blocks' weights in bfloat16
+        compile     whether to compile the blocks
+        """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network = checkpoint.build_model(
             self.model_config, self.checkpoint.state_dict(self.weights), self.path
         )
+        if precision == "bf16":
+            network.store_bfloat16()
+        if compile:
+            for block in network.blocks:
+                block.compile(fullgraph=True, dynamic=False)
         autoencoder = load_autoencoder(self.vae, device, image_channels=network.in_channels)
         return Sampler(network, self.process, autoencoder, device, self.defaults)
 
 
-def settle_request(
-    model_config, num_timesteps, defaults, labels=None, cfg_scale=None, steps=None, sampler=None
-):
-    """What (cfg_scale, steps, sampler) come to with the defaults; UserError for what a model cannot do."""
+def settle_options(model_config, process, defaults, *, labels=None, **given):
+    """All options of DEFAULTS, for a model of this config and its process: those given, else the defaults.
+
+    Raises UserError for labels or options that this model cannot serve.
+    """
     null, num_classes = null_label(model_config), model_config["num_classes"]
     if labels is not None:
         check_labels(labels, num_classes)
-    if cfg_scale not in (None, 1) and null is None:
+    if given.get("cfg_scale") not in (None, 1) and null is None:
         why = "was trained without label dropout" if num_classes else "is unconditional"
         raise UserError(
-            f"--cfg-scale {cfg_scale}: this model {why}, so there is nothing to guide; leave it out"
+            f"--cfg-scale {given['cfg_scale']}: this model {why}, so there is nothing to guide; leave it out"
         )
-    if cfg_scale is None:
-        cfg_scale = defaults["cfg_scale"] if null is not None else 1.0
-    if steps is None:
-        steps = defaults["steps"]
-    sampler = sampler or defaults["sampler"]
-    if sampler not in SAMPLERS:
-        raise UserError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
-    check_sampling_options(cfg_scale, steps, num_timesteps)
-    return cfg_scale, steps, sampler
+    options = {
+        name: default if given.get(name) is None else given[name] for name, default in defaults.items()
+    }
+    if null is None:
+        options["cfg_scale"] = 1.0
+    if given.get("steps") is None and options["sampler"] != defaults["sampler"]:
+        options["steps"] = STEPS.get(options["sampler"])
+    channels = model_config["in_channels"]
+    if options["cfg_channels"] is None:
+        options["cfg_channels"] = 3 if channels == 4 else "all"
+    if options["cfg_channels"] != "all" and not 1 <= options["cfg_channels"] <= channels:
+        raise UserError(f"--cfg-channels {options['cfg_channels']}: must be between 1 and {channels}, or all")
+    check_sampling_options(options, process)
+    return options
+
+
+def make_guidance(options, model_config):
+    """The Guidance of settled options, or None where there is none."""
+    if options["cfg_scale"] == 1:
+        return None
+    channels, interval = options["cfg_channels"], options["cfg_interval"]
+    return Guidance(
+        options["cfg_scale"],
+        null_label(model_config),
+        channels=None if channels == "all" else channels,
+        interval=None if interval is None else tuple(interval),
+        schedule=options["cfg_schedule"],
+    )
 
 
 def check_labels(labels, num_classes):
@@ -237,43 +377,72 @@ def check_labels(labels, num_classes):
             raise UserError(f"--class-labels {label}: must be between 0 and {num_classes - 1}")
 
 
-def check_sampling_options(cfg_scale, steps, num_timesteps=1000):
-    """Raise UserError for a guidance scale, or a number of steps out of num_timesteps, that cannot be; None
-    is fine."""
-    if cfg_scale is not None and not 0 <= cfg_scale < math.inf:
-        raise UserError(f"--cfg-scale {cfg_scale}: must be 0 or more; 1 is without guidance")
-    if steps is not None:
-        with blame(f"--num-sampling-steps {steps}"):
-            space_timesteps(num_timesteps, steps)
+def check_sampling_options(options, process=None):
+    """Raise UserError for options (a dict, None for not given) that no model can serve, or not this
+    process."""
+    scale, interval, sampler = options["cfg_scale"], options["cfg_interval"], options["sampler"]
+    if scale is not None and not 0 <= scale < math.inf:
+        raise UserError(f"--cfg-scale {scale}: must be 0 or more; 1 is without guidance")
+    if interval is not None:
+        if len(interval) != 2:
+            raise UserError(f"--cfg-interval {interval}: must be two noise levels")
+        with blame("--cfg-interval"):
+            Guidance(1.0, 0, interval=tuple(interval))
+    with blame("--cfg-schedule"):
+        Guidance(1.0, 0, schedule=options["cfg_schedule"] or "constant")
+    if sampler is not None and sampler not in SAMPLERS:
+        raise UserError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
+    if options["steps"] is not None:
+        with blame(f"--num-sampling-steps {options['steps']}"):
+            (process or create_diffusion(None)).count_steps(sampler or "ddpm", options["steps"])
 
 
-def add_sampling_arguments(parser):
-    """--cfg-scale, --num-sampling-steps and --sampler, the same in every command."""
-    parser.add_argument(
-        "--cfg-scale", type=float, default=None, metavar="SCALE",
-        help="classifier-free guidance: 1 for none, more for clearer and less varied images"
-        " (default: the run's own; {cfg_scale} where it has none)".format(**DEFAULTS),
+# ---------------------------------------------------------------------------------------------
+# The options of sampling, the same in every command
+
+
+def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):
+    """--cfg-scale and its kin, --num-sampling-steps and --sampler. cfg_scale: for a run without its own."""
+    # fmt: off
+    group.add_argument("--cfg-scale", type=float, default=None, metavar="SCALE",
+                       help="classifier-free guidance: 1 for none, more for clearer and less varied images"
+                       f" (default: the run's own; {cfg_scale} where it has none)")
+    group.add_argument("--cfg-channels", type=_channels, default=None, metavar="CHANNELS",
+                       help="how many channels are guided, or all (default: 3 of 4 latent channels, as"
+                       " published; else all)")
+    group.add_argument("--cfg-interval", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"),
+                       help="guide only at noise levels sigma / alpha above LOW, up to HIGH; the other steps"
+                       " cost half; 0.38 3.22 is a start (default: the run's own; all where it has none)")
+    group.add_argument("--cfg-schedule", choices=SCHEDULES, default=None,
+                       help="the same guidance at every step, or rising from none at pure noise"
+                       " (default: the run's own; constant where it has none)")
+    group.add_argument("--num-sampling-steps", type=str, default=None, metavar="STEPS",
+                       help="denoising steps: a number; for ddpm and ddim also sections as 10,15,20, or a"
+                       " stride as ddim50 (default: the run's own; with another --sampler than the run's, "
+                       + ", ".join(f"{steps} for {name}" for name, steps in STEPS.items()) + ")")
+    group.add_argument("--sampler", choices=list(SAMPLERS), default=None,
+                       help="ddpm, ancestral; the others are deterministic: ddim, and dpm++ (2M), best with"
+                       " few steps, euler, heun (two evaluations a step)"
+                       " (default: the run's own; {sampler} where it has none)".format(**DEFAULTS))
+    # fmt: on
+
+
+def add_speed_arguments(group):
+    """--precision and --compile."""
+    add_precision_argument(group)
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile the blocks with torch.compile, which takes a minute first (default: off)",
     )  # fmt: skip
-    parser.add_argument(
-        "--num-sampling-steps", type=str, default=None, metavar="STEPS",
-        help="denoising steps: a number, sections as 10,15,20, or a stride as ddim50"
-        " (default: the run's own; {steps} where it has none)".format(**DEFAULTS),
+
+
+def _channels(text):
+    return text if text == "all" else int(text)
+
+
+def sampling_options(args):
+    """The options that add_sampling_arguments read, by the names of DEFAULTS; None for those not given."""
+    return dict(
+        cfg_scale=args.cfg_scale, cfg_channels=args.cfg_channels, cfg_interval=args.cfg_interval,
+        cfg_schedule=args.cfg_schedule, steps=args.num_sampling_steps, sampler=args.sampler,
     )  # fmt: skip
-    parser.add_argument(
-        "--sampler", choices=list(SAMPLERS), default=None,
-        help="ddpm, ancestral, or ddim, deterministic and good with fewer steps"
-        " (default: the run's own; {sampler} where it has none)".format(**DEFAULTS),
-    )  # fmt: skip
-
-
-def save_grid(images, path, nrow):
-    """Write images (N, C, H, W) in [0, 1] as one PNG, nrow a row; tiny ones enlarged for the eye."""
-    from torchvision.utils import save_image
-
-    enlarge = max(1, 64 // min(images.shape[-2:]))
-    if enlarge > 1:
-        images = torch.nn.functional.interpolate(images, scale_factor=enlarge, mode="bicubic").clamp(0, 1)
-    folder = os.path.dirname(path)
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-    save_image(images, path, nrow=nrow, pad_value=0.25 if enlarge > 1 else 0)

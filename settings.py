@@ -11,7 +11,7 @@ from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from experiment import import_wandb
 from models import DiT, DiT_models, count_macs
 from runtime import Parser, UserError, add_precision_argument, blame
-from sampler import DEFAULTS, add_sampling_arguments, check_sampling_options
+from sampler import DEFAULTS, STEPS, add_sampling_arguments, check_sampling_options, sampling_options
 
 # What --preset stands for; a flag given by hand wins. Behind each row: what it should give.
 # fmt: off
@@ -55,7 +55,7 @@ def check_options(args):
     _require(args, "lr", args.lr > 0, "must be more than 0")
     _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
     _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
-    check_sampling_options(args.cfg_scale, args.num_sampling_steps)
+    check_sampling_options(sampling_options(args))
     if args.wandb:
         import_wandb()
 
@@ -150,8 +150,10 @@ def configure_model(args, dataset):
 
 def sampling_defaults(args):
     """How this run's checkpoints are sampled unless told otherwise."""
-    given = dict(cfg_scale=args.cfg_scale, steps=args.num_sampling_steps, sampler=args.sampler)
-    return {**DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
+    given = {name: value for name, value in sampling_options(args).items() if value is not None}
+    if "sampler" in given:
+        given.setdefault("steps", STEPS[given["sampler"]])
+    return {**DEFAULTS, **given}
 
 
 def source(args):

@@ -33,6 +33,7 @@ from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
 from experiment import Experiment, Meter, Metrics, memory_gib, peak_flops
+from images import save_grid
 from models import DiT, count_macs
 from runtime import (
     EVALUATION,
@@ -46,7 +47,7 @@ from runtime import (
     set_precision,
     start_processes,
 )
-from sampler import Sampler, save_grid
+from sampler import Sampler
 from settings import (
     build_parser,
     check_data,

@@ -1,10 +1,13 @@
 """Processes that turn noise into images: how they are trained and sampled."""
 
 from .gaussian_diffusion import SAMPLERS, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
-from .guidance import Guidance
+from .guidance import SCHEDULES, Guidance
 from .respace import SpacedDiffusion, space_timesteps
 
-__all__ = ["SAMPLERS", "Guidance", "SpacedDiffusion", "create_diffusion", "create_process", "space_timesteps"]
+__all__ = [
+    "SAMPLERS", "SCHEDULES", "Guidance", "SpacedDiffusion", "create_diffusion", "create_process",
+    "space_timesteps",
+]  # fmt: skip
 
 
 def create_diffusion(

@@ -40,12 +40,15 @@ def test_help_says_everything(name):
         assert option.startswith("--") and "_" not in option, option
         assert action.help and "(default" in action.help, f"{name}.py {option}: help with a default"
         if action.nargs != 0 and not action.choices:
-            assert action.metavar and action.metavar.isupper(), f"{name}.py {option}: what unit?"
+            units = action.metavar if isinstance(action.metavar, tuple) else [action.metavar or ""]
+            assert all(unit.isupper() for unit in units), f"{name}.py {option}: what unit?"
         shown = re.search(r"\(default: ([^);]+)", action.help)[1]
         if isinstance(action.default, bool):
             assert shown == ("on" if action.default else "off"), option
         elif isinstance(action.default, (int, float)):
             assert float(shown) == action.default, option
+        elif isinstance(action.default, list):
+            assert shown == " ".join(map(str, action.default)), option
         elif action.default is not None:
             assert shown == action.default, option
     parser.format_help()

@@ -12,8 +12,9 @@ from PIL import Image
 import checkpoint
 import sample
 from diffusion import create_diffusion
+from images import save_grid
 from runtime import UserError, launch
-from sampler import SampleNoise, Sampler, save_grid
+from sampler import SampleNoise, Sampler
 
 
 def tiny_sampler(**overrides):

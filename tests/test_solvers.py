@@ -16,7 +16,7 @@ SOLVED = [name for name in SAMPLERS if name not in ("ddpm", "ddim")]
 
 
 def slope_and_offset(sample):
-    """A deterministic sampler of the ideal model is x -> slope x + offset, known by where it sends 0 and 1."""
+    """A deterministic sampler of the ideal model is x -> slope x + offset, known by what 0 and 1 become."""
     out = sample(torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)).flatten()
     return (out[1] - out[0]).item(), out[0].item()
 
