@@ -265,12 +265,17 @@ def infer_model_config(state, path, model=None):
 
 def describe_model(config):
     """A model in words: its registry name, or its sizes."""
+    return registry_name(config) or (
+        "a DiT of depth {depth}, width {hidden_size}, {num_heads} heads, patch {patch_size}".format(**config)
+    )
+
+
+def registry_name(config):
+    """The name in DiT_models of a model of these sizes, or None."""
     for name, build in DiT_models.items():
         if all(config[key] == value for key, value in build.keywords.items()):
             return name
-    return "a DiT of depth {depth}, width {hidden_size}, {num_heads} heads, patch {patch_size}".format(
-        **config
-    )
+    return None
 
 
 def load_weights(model, state, path, flag="--ckpt"):

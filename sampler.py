@@ -269,6 +269,7 @@ class Plan:
     model, image_size, num_classes   what the caller holds it to be; None leaves it to the checkpoint
     vae                              another autoencoder than the checkpoint's, see load_autoencoder
     default_vae                      for a checkpoint that names none
+    defaults                         of sampling options, for a checkpoint that keeps none; see DEFAULTS
     Raises UserError where the checkpoint is none, or another than the caller holds it to be.
     """
 
@@ -282,13 +283,14 @@ class Plan:
         num_classes=None,
         vae=None,
         default_vae="mse",
+        defaults=None,
     ):
         self.path, self.weights = find_file(path), weights
         self.checkpoint = checkpoint.load(self.path)
         kept = self.checkpoint.config
         self.vae = vae or kept.get("autoencoder", {}).get("vae") or default_vae
         # How many channels the images have shows in the model alone where there is no VAE:
-        channels, factor, _ = describe_vae(self.vae, image_channels=None)
+        channels, factor, image_channels = describe_vae(self.vae, image_channels=None)
         self.model_config = self.checkpoint.model_config(
             model=model, image_size=image_size, num_classes=num_classes, factor=factor
         )
@@ -299,7 +301,9 @@ class Plan:
                 " give the one it was trained with, or none for pixels"
             )
         self.process = create_process(kept.get("process", dict(learn_sigma=self.model_config["learn_sigma"])))
-        self.defaults = {**DEFAULTS, **kept.get("sampling", {})}
+        self.image_size = tuple(side * factor for side in self.model_config["input_size"])
+        self.image_channels = image_channels or in_channels
+        self.defaults = {**DEFAULTS, **(defaults or {}), **kept.get("sampling", {})}
         self.classes = kept.get("data", {}).get("classes")  # their names
 
     def check(self, **options):

@@ -177,3 +177,34 @@ def test_respaced_tables(tables):
     diffusion = create_diffusion("250")
     np.testing.assert_array_equal(diffusion.timestep_map, tables["respaced250/timestep_map"])
     np.testing.assert_allclose(diffusion.betas, tables["respaced250/betas"], rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# scripts.npz
+
+
+class Latents:
+    """No decoder: what the published script had before its VAE."""
+
+    clip_denoised = False
+
+    def to(self, device):
+        return self
+
+    def decode(self, x):
+        return x
+
+
+def test_published_sample_script(golden):
+    """sample.py --seed 3 of the published repository on the CPU, from the seed to the latents."""
+    from sample import PUBLISHED_LABELS
+    from sampler import PublishedNoise, Sampler
+
+    model = load_rule_weights(DiT_models["DiT-S/8"](), 0.05)
+    sampler = Sampler(model, autoencoder=Latents(), device="cpu")
+    options = sampler.settle(cfg_scale=4.0, steps="5")
+    latents, labels = sampler.generate([3] * 8, PUBLISHED_LABELS, options, published_draws=True)
+    assert_golden(latents[:2], golden("scripts.npz")["sample_py/latents"])
+    state = torch.get_rng_state()
+    assert labels == PUBLISHED_LABELS and PublishedNoise(3, 8, torch.device("cpu"), model.config)
+    assert torch.equal(state, torch.get_rng_state())  # the caller's own draws are left alone

@@ -1,0 +1,174 @@
+"""Samples on disk: one .npz that ADM's evaluation suite reads, written in place by any number of processes.
+
+The file holds arr_0, uint8 (N, H, W, C), and arr_1, labels (N,), uncompressed, so that a memory map can read
+it. Until it is whole it is called .npz.part, where every image already has its place, and nothing but the
+images at hand is ever in memory. What is there is known by notes, a line a batch with its checksum.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import zipfile
+import zlib
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from runtime import UserError
+
+CHUNK = 2**24  # bytes read at a time
+
+
+class SampleArchive:
+    """The .npz of samples at a path, and the notes of its batches in a folder.
+
+    shape   (N, H, W, C) of all samples; batch_size: of which the last batch may have fewer
+    """
+
+    def __init__(self, path, folder, shape, batch_size):
+        self.path, self.part, self.folder = path, f"{path}.part", folder
+        self.shape, self.batch_size = tuple(shape), batch_size
+        self.image_bytes = int(np.prod(self.shape[1:]))
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive, _member(archive, "arr_0.npy") as file:
+            _write_header(file, self.shape)
+            self.offset = buffer.tell()  # where the images begin
+        self.notes = None
+
+    def rows(self, batch):
+        """The samples of a batch, a range."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.shape[0]))
+
+    @property
+    def batches(self):
+        return range(-(-self.shape[0] // self.batch_size))
+
+    def begin(self):
+        """Make room for all samples, or take up what an earlier run left; called by one process alone.
+
+        Returns ({batch: its labels} of those that are there and intact, whether the .npz is whole).
+        Raises UserError where the disk has not enough room.
+        """
+        size = self.offset + self.shape[0] * self.image_bytes
+        whole = os.path.exists(self.path) and zipfile.is_zipfile(self.path)
+        if os.path.exists(self.path) and not whole:  # cut short by something else
+            os.replace(self.path, self.part)
+        path = self.path if whole else self.part
+        there = os.path.getsize(path) if os.path.exists(path) else 0
+        free = shutil.disk_usage(self.folder).free
+        if size - there > free:
+            raise UserError(
+                f"{self.path}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or give"
+                " another --sample-dir"
+            )
+        found = self._intact(path) if there else {}
+        if whole and len(found) == len(self.batches):
+            return found, True
+        if whole:
+            os.replace(self.path, self.part)
+        with open(self.part, "r+b" if os.path.exists(self.part) else "wb") as file:
+            file.truncate(size)
+        return found, False
+
+    def _intact(self, path):
+        """{batch: labels} of the noted batches whose bytes have the noted checksum."""
+        noted = {}
+        for name in sorted(os.listdir(self.folder)):
+            if name.startswith(".batches-"):
+                with open(os.path.join(self.folder, name)) as file:
+                    for line in file:
+                        with contextlib.suppress(ValueError):  # a line cut short by a kill
+                            note = json.loads(line)
+                            noted[note["batch"]] = note
+        intact = {}
+        with open(path, "rb") as file:
+            for batch, note in tqdm(sorted(noted.items()), desc="Checking", unit="batch", disable=not noted):
+                rows = self.rows(batch)
+                file.seek(self.offset + rows.start * self.image_bytes)
+                if zlib.crc32(file.read(len(rows) * self.image_bytes)) == note["crc32"]:
+                    intact[batch] = note["labels"]
+        return intact
+
+    def write(self, batch, images, labels, writer):
+        """Put a batch's images, bytes (n, H, W, C), in their place, then note it.
+
+        labels: n of them, or None; writer: the process's rank."""
+        if self.notes is None:
+            self.notes = open(os.path.join(self.folder, f".batches-{writer:03d}"), "a")
+            self.file = os.open(self.part, os.O_WRONLY)
+        data = np.ascontiguousarray(images).tobytes()
+        position, view = self.offset + self.rows(batch).start * self.image_bytes, memoryview(data)
+        while view:
+            written = os.pwrite(self.file, view, position)
+            view, position = view[written:], position + written
+        os.fdatasync(self.file)
+        labels = None if labels is None else [int(label) for label in labels]
+        note = json.dumps(dict(batch=batch, crc32=zlib.crc32(data), labels=labels))
+        self.notes.write(f"\n{note}\n")  # on a line of its own, whatever an earlier run left
+        self.notes.flush()
+
+    def close(self):
+        """End this process's writing."""
+        if self.notes is not None:
+            self.notes.close()
+            os.close(self.file)
+            self.notes = None
+
+    def finish(self):
+        """Make the .npz of what all processes wrote, in place; called by one process alone."""
+        found = self._intact(self.part)
+        missing = [batch for batch in self.batches if batch not in found]
+        if missing:
+            raise UserError(f"{self.path}: batch {missing[0]} is missing; run the same command again")
+        with open(self.part, "r+b") as file, open(self.part, "rb") as source:
+            target = _PassingOver(file)
+            with zipfile.ZipFile(target, "w") as archive:
+                with _member(archive, "arr_0.npy") as member:
+                    _write_header(member, self.shape)
+                    source.seek(self.offset)
+                    left = self.shape[0] * self.image_bytes
+                    target.passing = True
+                    with tqdm(total=left, desc="Finishing", unit="B", unit_scale=True) as bar:
+                        while left:
+                            data = source.read(min(CHUNK, left))
+                            member.write(data)
+                            left -= len(data)
+                            bar.update(len(data))
+                    target.passing = False
+                if found[0] is not None:
+                    labels = [label for batch in self.batches for label in found[batch]]
+                    with _member(archive, "arr_1.npy") as member:
+                        np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.part, self.path)
+
+
+def _member(archive, name):
+    # A ZipInfo of its own has no date, so that the same samples are the same file:
+    return archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
+
+
+def _write_header(file, shape):
+    header = dict(descr="|u1", fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+class _PassingOver:
+    """A file that, while `passing`, steps over what is written to it: the same bytes are there already, and
+    the zip format is only to take their checksum."""
+
+    def __init__(self, file):
+        self.file, self.passing = file, False
+
+    def write(self, data):
+        if not self.passing:
+            return self.file.write(data)
+        self.file.seek(len(data), os.SEEK_CUR)
+        return len(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)

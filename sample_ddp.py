@@ -1,0 +1,251 @@
+"""Sample many images for evaluation, on any number of processes, into one .npz (and PNGs).
+
+    torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000
+    python sample_ddp.py --ckpt results/000-DiT-S-2-digits/checkpoints/0002000.pt --num-fid-samples 1000
+
+Sample i has seed --global-seed + i, whatever the number of processes. To continue an interrupted run, run the
+same command again. The .npz stands beside the folder of PNGs, with a JSON of every setting; both are named
+after the settings.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm.auto import tqdm
+
+import checkpoint
+from archive import SampleArchive
+from autoencoder import PUBLISHED_VAES, add_vae_argument
+from download import PRETRAINED_MODELS
+from images import make_folder, save_image, to_uint8
+from models import DiT_models
+from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
+from sample import published_checkpoint
+from sampler import (
+    Plan,
+    add_sampling_arguments,
+    add_speed_arguments,
+    check_sampling_options,
+    sampling_options,
+)
+
+CFG_SCALE = 1.5  # with which the paper's best numbers were made
+PENDING = 2  # batches that may wait for the disk while the next one is sampled
+
+
+def main(args):
+    """Sample --num-fid-samples images into an .npz."""
+    # Check the options:
+    for name in ("num_fid_samples", "per_proc_batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not 0 <= args.global_seed < 2**63:
+        raise UserError(f"--global-seed {args.global_seed}: must be 0 or more, below 2^63")
+    if not args.tf32 and args.precision == "tf32":
+        raise UserError("--no-tf32: contradicts --precision tf32; leave one out")
+    options = sampling_options(args)
+    check_sampling_options(options)
+    if args.ckpt is None:
+        args.ckpt = published_checkpoint(args)
+    if args.dry_run and args.ckpt in PRETRAINED_MODELS:
+        print(f"Would sample {args.ckpt}; options are sound, nothing was written.")
+        return
+    processes = start_processes()
+    plan = Plan(
+        args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
+        num_classes=args.num_classes, vae=args.vae, defaults=dict(cfg_scale=CFG_SCALE),
+    )  # fmt: skip
+    options = plan.check(**options)
+    if plan.image_channels not in (1, 3):
+        raise UserError(f"--ckpt {args.ckpt}: images of {plan.image_channels} channels make no pictures")
+    if args.dry_run:
+        print(f"Would sample to {folder_name(args, plan, options)}; options are sound, nothing was written.")
+        return
+
+    # Find what is there of this run, or make its folder:
+    precision = set_precision(args.precision or (None if args.tf32 else "fp32"), processes.device)
+    folder = os.path.join(args.sample_dir, folder_name(args, plan, options))
+    archive = SampleArchive(
+        f"{folder}.npz", folder, (args.num_fid_samples, *plan.image_size, 3), args.per_proc_batch_size
+    )
+    done, is_whole = processes.on_main(begin, args, plan, options, precision, archive)
+    logger = create_logger(enabled=processes.is_main)
+    if is_whole:
+        logger.info(f"{archive.path} is complete; remove it and its folder to sample again")
+        return
+    if done:
+        logger.info(f"Continuing {folder}: {len(done)} of {len(archive.batches)} batches are there")
+
+    # Sample:
+    sampler = plan.build(processes.device, precision, args.compile)
+    todo = [batch for batch in archive.batches if batch not in done][processes.rank :: processes.world_size]
+    sample_batches(todo, sampler, archive, args, options, processes)
+    processes.barrier()
+
+    # Sum up:
+    if processes.is_main:
+        archive.finish()
+        logger.info(f"Saved .npz file to {archive.path} [shape={archive.shape}].")
+    processes.barrier()
+
+
+def sample_batches(todo, sampler, archive, args, options, processes):
+    """Sample these batches; images are written by threads while the next ones are made."""
+    total = sum(len(archive.rows(batch)) for batch in todo)
+    pending = deque()
+    bar = tqdm(total=total, desc="Sampling", unit="image", disable=not processes.is_main)
+    with ThreadPoolExecutor(max_workers=4) as pool, bar:
+        try:
+            for batch in todo:
+                rows = archive.rows(batch)
+                seeds, classes = [args.global_seed + row for row in rows], sampler.model.num_classes
+                labels = [row % classes for row in rows] if classes and args.labels == "balanced" else None
+                x, labels = sampler.generate(seeds, labels, options)
+                pixels = to_uint8(x).numpy()
+                jobs = []
+                for i, row in enumerate(rows if args.png else ()):
+                    path = os.path.join(archive.folder, f"{row:06d}.png")
+                    jobs.append(pool.submit(save_image, path, pixels[i], seeds[i], labels and labels[i]))
+                pending.append((batch, pixels, labels, jobs))
+                while len(pending) > PENDING:
+                    commit(archive, *pending.popleft(), processes.rank)
+                bar.update(len(rows))
+            while pending:
+                commit(archive, *pending.popleft(), processes.rank)
+        except OSError as error:
+            raise UserError(
+                f"{archive.folder}: could not be written ({error.strerror}); make room and run the same"
+                " command again"
+            ) from error
+        finally:
+            archive.close()
+
+
+def commit(archive, batch, pixels, labels, jobs, writer):
+    """Note a batch as done once all its files are written."""
+    for job in jobs:
+        job.result()
+    if pixels.shape[3] == 1:  # evaluation suites read colours
+        pixels = pixels.repeat(3, axis=3)
+    archive.write(batch, pixels, labels, writer)
+
+
+def begin(args, plan, options, precision, archive):
+    """Make the folder and the JSON of settings, or check that they are this run's; then see what is there.
+
+    Returns as SampleArchive.begin."""
+    settings = dict(
+        weights=fingerprint(plan.checkpoint.state_dict(args.weights)), which_weights=args.weights,
+        model=plan.model_config, process=plan.process.config, vae=plan.vae, **options,
+        global_seed=args.global_seed, labels=args.labels, num_fid_samples=args.num_fid_samples,
+        per_proc_batch_size=args.per_proc_batch_size, precision=precision, compile=args.compile, png=args.png,
+    )  # fmt: skip
+    path = f"{archive.folder}.json"
+    make_folder(args.sample_dir, "--sample-dir")
+    if os.path.exists(path):
+        try:
+            with open(path) as file:
+                found = json.load(file)["settings"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read; remove it and its folder") from error
+        for name, value in json.loads(json.dumps(settings)).items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{archive.folder}: holds samples with other {name.replace('_', '-')}"
+                    f"{_short(found.get(name))}; remove it, or give another --sample-dir"
+                )
+    elif os.path.exists(archive.path) or os.path.exists(archive.folder):
+        raise UserError(
+            f"{archive.folder}: is there without its .json; remove it, or give another --sample-dir"
+        )
+    make_folder(archive.folder, "--sample-dir")
+    with whole_file(path) as file:
+        versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
+        json.dump(dict(versions, settings=settings), file, indent=1)
+    return archive.begin()
+
+
+def _short(value):
+    return f" ({value})" if isinstance(value, (int, float, str)) and len(str(value)) < 30 else ""
+
+
+def fingerprint(state):
+    """A hash of a state dict's names and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def folder_name(args, plan, options):
+    """The name of the folder of samples: what tells one run from another."""
+    config = plan.model_config
+    model = checkpoint.registry_name(config) or "DiT-{depth}x{hidden_size}p{patch_size}".format(**config)
+    path = os.path.abspath(args.ckpt)
+    weights = os.path.splitext(os.path.basename(path))[0]
+    if os.path.basename(os.path.dirname(path)) == "checkpoints":
+        weights = f"{os.path.basename(os.path.dirname(os.path.dirname(path)))}-{weights}"
+    height, width = plan.image_size
+    size = str(height) if height == width else f"{height}x{width}"
+    vae = {name: short for short, name in PUBLISHED_VAES.items()}.get(plan.vae, plan.vae)
+    cfg = f"cfg-{options['cfg_scale']}"
+    if options["cfg_interval"] is not None:
+        cfg += "-in-{:g}-{:g}".format(*options["cfg_interval"])
+    if options["cfg_schedule"] != "constant":
+        cfg += f"-{options['cfg_schedule']}"
+    return (
+        f"{model.replace('/', '-')}-{weights}-size-{size}-vae-{os.path.basename(vae)}-{cfg}"
+        f"-steps-{options['steps']}-sampler-{options['sampler']}-seed-{args.global_seed}-labels-{args.labels}"
+    )
+
+
+def build_parser():
+    """The command-line options."""
+    # fmt: off
+    parser = Parser(description=__doc__)
+    parser.add_argument("--ckpt", default=None, metavar="FILE",
+                        help="checkpoint: of train.py, weights as .pt or .safetensors, or a diffusers folder"
+                        " (default: the published DiT-XL/2 of --image-size)")
+    parser.add_argument("--model", choices=list(DiT_models), default=None,
+                        help="what the checkpoint must hold (default: what it holds)")
+    parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
+                        help="side of the images, which the checkpoint must be for"
+                        " (default: the checkpoint's, or 256 for published weights)")
+    parser.add_argument("--num-classes", type=int, default=None, metavar="N",
+                        help="classes, which the checkpoint must have (default: the checkpoint's)")
+    add_vae_argument(parser, default=None)
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
+                        help="averaged weights, or those of the last step (default: ema)")
+    parser.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N",
+                        help="images (default: 50000)")
+    parser.add_argument("--labels", choices=("random", "balanced"), default="random",
+                        help="classes drawn at random, or taking turns (default: random)")
+    parser.add_argument("--global-seed", type=int, default=0, metavar="SEED",
+                        help="of the first image, from which the next ones count on: 50000 gives a second set"
+                        " that shares none (default: 0)")
+    add_sampling_arguments(parser.add_argument_group("sampling"), CFG_SCALE)
+    group = parser.add_argument_group("output")
+    group.add_argument("--sample-dir", default="samples", metavar="FOLDER",
+                       help="where the .npz and the folder of PNGs are made (default: samples)")
+    group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True,
+                       help="write every image as a PNG too (default: on)")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--per-proc-batch-size", type=int, default=32, metavar="IMAGES",
+                       help="images at a time on each process (default: 32)")
+    add_speed_arguments(group)
+    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="let a GPU that has TF32 use it; --no-tf32 is --precision fp32 (default: on)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check the options, load and write nothing (default: off)")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, build_parser())

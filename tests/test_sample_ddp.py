@@ -1,0 +1,370 @@
+"""sample_ddp.py: one .npz whatever the processes, batches and kills; what is on disk is checked, not trusted."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import zipfile
+
+import forked
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, build_tiny, load_rule_weights
+from PIL import Image
+
+import archive as archive_module
+import checkpoint
+import sample_ddp
+from archive import SampleArchive
+from diffusion import create_diffusion
+from runtime import launch
+from sampler import Sampler
+
+COUNT = 64
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("run") / "run.pt")
+    model = load_rule_weights(build_tiny(in_channels=3, learn_sigma=False), 0.1)
+    process = create_diffusion(None, learn_sigma=False).config
+    pixels = dict(vae="none", channels=3)
+    config = dict(
+        model=model.config, process=process, autoencoder=pixels, sampling=dict(cfg_scale=2.0, steps="8")
+    )
+    checkpoint.save(path, dict(model=model.state_dict(), ema=model.state_dict(), config=config))
+    return path
+
+
+def argv(ckpt, folder, *more, count=COUNT, batch=7):
+    options = ["--ckpt", ckpt, "--sample-dir", folder, "--num-fid-samples", count, "--no-png"]
+    return [*map(str, [*options, "--per-proc-batch-size", batch, *more])]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["sample_ddp.py", *map(str, args)])
+    launch(sample_ddp.main, sample_ddp.build_parser())
+
+
+def npz_of(folder):
+    (path,) = folder.glob("*.npz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ckpt, tmp_path_factory):
+    """The bytes of the .npz that one process wrote at a stretch."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert forked.finish(forked.start(argv(ckpt, folder), folder / "out", command="sample_ddp")) == [0]
+    return npz_of(folder).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# The same samples
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes(ckpt, tmp_path, undisturbed, count):
+    runs = forked.start_two(argv(ckpt, tmp_path), tmp_path / "out", command="sample_ddp", count=count)
+    assert forked.finish(*runs) == [0] * count
+    assert npz_of(tmp_path).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_any_batch_size(ckpt, tmp_path, monkeypatch, undisturbed, batch):
+    (tmp_path / "expected.npz").write_bytes(undisturbed)
+    run(monkeypatch, *argv(ckpt, tmp_path / "samples", batch=batch))
+    found, expected = np.load(npz_of(tmp_path / "samples")), np.load(tmp_path / "expected.npz")
+    assert np.array_equal(found["arr_1"], expected["arr_1"]) and len(set(found["arr_1"])) > 5
+    difference = np.abs(found["arr_0"].astype(int) - expected["arr_0"])
+    assert (difference <= 1).mean() >= 0.999
+    assert expected["arr_0"].std() > 20  # not merely black
+
+
+def test_samples_are_the_sampler_s(ckpt, tmp_path, monkeypatch):
+    """Seed and label of sample i, and published rounding, in the .npz and in the PNGs."""
+    folder = tmp_path / "samples"
+    run(monkeypatch, *argv(ckpt, folder, "--png", "--global-seed", 100, "--labels", "balanced", count=12))
+    found = np.load(npz_of(folder))
+    assert found["arr_1"].tolist() == [*range(10), 0, 1]
+    expected = Sampler.from_checkpoint(ckpt, device="cpu").sample([*range(10), 0, 1], seeds=100, batch_size=7)
+    rounded = np.floor(expected.double().numpy().transpose(0, 2, 3, 1) * 255 + 0.5)
+    assert (found["arr_0"] == rounded).mean() > 0.999
+    pictures = sorted(folder.rglob("*.png"))
+    assert [picture.name for picture in pictures] == [f"{i:06d}.png" for i in range(12)]
+    for i in (0, 11):
+        with Image.open(pictures[i]) as picture:
+            assert np.array_equal(np.array(picture), found["arr_0"][i])
+            assert picture.info["seed"] == str(100 + i) and picture.info["label"] == str(found["arr_1"][i])
+
+
+def notes(folder):
+    return sum(path.read_text().count("}") for path in folder.rglob(".batches-*"))
+
+
+def test_killed_five_times(ckpt, tmp_path, undisturbed):
+    """Killed outright once another batch or more is done, with one process and with two."""
+    generator = np.random.default_rng(0)
+    for kill in range(5):
+        before = notes(tmp_path)
+        if kill % 2:
+            runs = forked.start_two(argv(ckpt, tmp_path), tmp_path / "out", slowly, command="sample_ddp")
+        else:
+            runs = [forked.start(argv(ckpt, tmp_path), tmp_path / "out", before=slowly, command="sample_ddp")]
+        deadline = time.monotonic() + 60
+        while notes(tmp_path) <= before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.05)
+        for process in runs:
+            os.kill(process.pid, signal.SIGKILL)
+        for process in runs:
+            process.join()
+        assert not list(tmp_path.glob("*.npz")), "the run was over before it was killed"
+    assert before < notes(tmp_path) < 10
+    assert forked.finish(forked.start(argv(ckpt, tmp_path), tmp_path / "out", command="sample_ddp")) == [0]
+    assert "batches are there" in (tmp_path / "out").read_text()
+    assert npz_of(tmp_path).read_bytes() == undisturbed
+
+
+def slowly():
+    """Give the test time to kill between two batches."""
+    original = sample_ddp.commit
+
+    def commit(*args):
+        original(*args)
+        time.sleep(0.2)
+
+    sample_ddp.commit = commit
+
+
+def test_a_truncated_npz_is_continued(ckpt, tmp_path, monkeypatch, undisturbed, capsys):
+    run(monkeypatch, *argv(ckpt, tmp_path))
+    path = npz_of(tmp_path)
+    assert path.read_bytes() == undisturbed
+    os.truncate(path, len(undisturbed) // 2)
+    capsys.readouterr()
+    run(monkeypatch, *argv(ckpt, tmp_path))
+    assert "Continuing" in capsys.readouterr().out
+    assert path.read_bytes() == undisturbed
+
+
+def test_damaged_bytes_are_sampled_again(ckpt, tmp_path, monkeypatch, undisturbed, capsys):
+    run(monkeypatch, *argv(ckpt, tmp_path))
+    path = npz_of(tmp_path)
+    with open(path, "r+b") as file:
+        file.seek(3000)
+        file.write(b"damage")
+    run(monkeypatch, *argv(ckpt, tmp_path))
+    assert "9 of 10 batches are there" in capsys.readouterr().out
+    assert path.read_bytes() == undisturbed
+    run(monkeypatch, *argv(ckpt, tmp_path))
+    assert "is complete" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# The file
+
+
+def read_by_adm_s_rules(path):
+    """Stream arr_0 out of the zip as the evaluation suite does: header, then rows, no random access."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        assert not fortran_order and dtype == np.uint8 and len(shape) == 4
+        rows = []
+        for _ in range(shape[0]):
+            rows.append(np.frombuffer(file.read(int(np.prod(shape[1:]))), dtype).reshape(shape[1:]))
+        assert not file.read(1)
+    return np.stack(rows)
+
+
+def write_archive(path, images, labels, batch_size):
+    folder = f"{path}.notes"
+    os.makedirs(folder, exist_ok=True)
+    store = SampleArchive(str(path), folder, images.shape, batch_size)
+    store.begin()
+    for batch in reversed(store.batches):  # in any order
+        rows = store.rows(batch)
+        store.write(batch, images[rows.start : rows.stop], labels and labels[rows.start : rows.stop], 0)
+    store.close()
+    store.finish()
+    return store
+
+
+@pytest.mark.parametrize("labels", [None, list(range(11))])
+def test_npz_is_read_by_all(tmp_path, labels):
+    images = np.random.default_rng(0).integers(0, 256, (11, 6, 4, 3), np.uint8)
+    path = tmp_path / "a.npz"
+    store = write_archive(path, images, labels, batch_size=4)
+    loaded = np.load(path)
+    assert np.array_equal(loaded["arr_0"], images)
+    assert loaded.files == (["arr_0"] if labels is None else ["arr_0", "arr_1"])
+    assert labels is None or loaded["arr_1"].tolist() == labels
+    assert np.array_equal(read_by_adm_s_rules(path), images)
+    assert np.array_equal(np.memmap(path, np.uint8, "r", store.offset, images.shape), images)
+    with zipfile.ZipFile(path) as whole:
+        assert whole.testzip() is None
+    np.savez(tmp_path / "b.npz", images)
+    assert read_by_adm_s_rules(tmp_path / "b.npz").shape == images.shape
+
+
+def test_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=10**6)))
+    store = SampleArchive(str(tmp_path / "a.npz"), str(tmp_path), (50_000, 256, 256, 3), 32)
+    with pytest.raises(ValueError, match=r"a.npz: needs 9.8 GB and 0.0 GB are free; make room"):
+        store.begin()
+    assert not list(tmp_path.iterdir())
+
+
+def sample_random_images():
+    """In place of a model: random images, so that only the writer works."""
+
+    class Random:
+        model = build_tiny()
+
+        def generate(self, seeds, labels, options):
+            generator = torch.Generator().manual_seed(seeds[0])
+            x = torch.rand(1, 3, 256, 256, generator=generator).expand(len(seeds), -1, -1, -1) * 2 - 1
+            x = x + torch.tensor(seeds).view(-1, 1, 1, 1) % 100 / 1000
+            return x, [seed % 1000 for seed in seeds]
+
+    sample_ddp.Plan.build = lambda *args: Random()
+    sample_ddp.Plan.image_size = property(lambda self: (256, 256), lambda self, value: None)
+
+    def report():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"\npeak memory {peak:.2f} GiB", flush=True)
+
+    leave = sample_ddp.SampleArchive.close
+    finish = sample_ddp.SampleArchive.finish
+    sample_ddp.SampleArchive.close = lambda self: (leave(self), report())
+    sample_ddp.SampleArchive.finish = lambda self: (finish(self), report())
+
+
+@pytest.mark.slow
+def test_fifty_thousand_images(ckpt, tmp_path):
+    """The whole file of an FID-50K at 256: below 1 GB on each process, and what every reader takes."""
+    start = time.monotonic()
+    runs = forked.start_two(
+        argv(ckpt, tmp_path, count=50_000, batch=32), tmp_path / "out", sample_random_images, "sample_ddp"
+    )
+    assert forked.finish(*runs, timeout=900) == [0, 0]
+    seconds = time.monotonic() - start
+    peaks = []
+    for rank in (0, 1):
+        lines = (tmp_path / f"out.{rank}").read_text().splitlines()
+        peaks.append(max(float(line.split()[2]) for line in lines if line.startswith("peak memory")))
+    print(f"\n50,000 images of 256x256: {seconds:.0f} s, peak memory by process {peaks} GiB")
+    assert max(peaks) < 1
+    path = npz_of(tmp_path)
+    with zipfile.ZipFile(path) as whole, whole.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        assert np.lib.format.read_array_header_1_0(file)[0] == (50_000, 256, 256, 3)
+        first = np.frombuffer(file.read(256 * 256 * 3), np.uint8)
+    loaded = np.load(path)
+    mapped = np.memmap(path, np.uint8, "r", SampleArchive(str(path), "", (50_000, 256, 256, 3), 32).offset,
+                       (50_000, 256, 256, 3))  # fmt: skip
+    assert np.array_equal(mapped[0].ravel(), first)
+    images = loaded["arr_0"]
+    assert images.shape == mapped.shape and np.array_equal(images[49_999], mapped[49_999])
+    assert np.array_equal(loaded["arr_1"], np.arange(50_000) % 1000)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+
+def refusal(monkeypatch, capsys, *args):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *args)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("sample_ddp.py: error: ")
+    return error.removeprefix("sample_ddp.py: error: ")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--num-fid-samples", 0], "--num-fid-samples 0: must be at least 1"),
+        (["--per-proc-batch-size", 0], "--per-proc-batch-size 0: must be at least 1"),
+        (["--global-seed", -1], "--global-seed -1: must be 0 or more"),
+        (["--cfg-scale", -1], "--cfg-scale -1.0: must be 0 or more"),
+        (["--cfg-interval", 3, 1], "--cfg-interval: interval 3.0 1.0: must be two noise levels"),
+        (["--cfg-channels", 4], "--cfg-channels 4: must be between 1 and 3, or all"),
+        (
+            ["--sampler", "dpm++", "--num-sampling-steps", "ddim50"],
+            "--num-sampling-steps ddim50: 'ddim50' is not",
+        ),
+        (["--no-tf32", "--precision", "tf32"], "--no-tf32: contradicts --precision tf32"),
+        (["--labels", "sorted"], "argument --labels: invalid choice: 'sorted'"),
+        (["--image-size", 16], "--image-size 16: "),
+    ],
+)
+def test_refused_before_any_work(ckpt, tmp_path, monkeypatch, capsys, more, message):
+    assert refusal(monkeypatch, capsys, *argv(ckpt, tmp_path / "samples"), *more).startswith(message)
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    "more, name",
+    [
+        (["--num-fid-samples", 20], "num-fid-samples (14)"),
+        (["--cfg-channels", 2], "cfg-channels (all)"),
+        (["--per-proc-batch-size", 5], "per-proc-batch-size (7)"),
+    ],
+)
+def test_other_settings_never_mix(ckpt, tmp_path, monkeypatch, capsys, more, name):
+    run(monkeypatch, *argv(ckpt, tmp_path, count=14))
+    before = npz_of(tmp_path).read_bytes()
+    capsys.readouterr()
+    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, count=14), *more)
+    assert f"holds samples with other {name}; remove it, or give another --sample-dir" in message
+    assert npz_of(tmp_path).read_bytes() == before
+
+
+def test_other_weights_of_the_same_name_never_mix(ckpt, tmp_path, monkeypatch, capsys):
+    mine = str(tmp_path / "run.pt")
+    contents = torch.load(ckpt, weights_only=True)
+    torch.save(contents, mine)
+    run(monkeypatch, *argv(mine, tmp_path / "samples", count=14))
+    contents["ema"]["blocks.0.mlp.fc1.bias"][0] += 1e-6
+    torch.save(contents, mine)
+    message = refusal(monkeypatch, capsys, *argv(mine, tmp_path / "samples", count=14))
+    assert "holds samples with other weights" in message
+
+
+def test_folders_of_other_settings_have_other_names(ckpt, tmp_path, monkeypatch, capsys):
+    for more in ([], ["--cfg-scale", 3], ["--sampler", "dpm++"], ["--num-sampling-steps", 5],
+                 ["--labels", "balanced"], ["--global-seed", 7], ["--cfg-interval", 0.3, 3]):  # fmt: skip
+        run(monkeypatch, *argv(ckpt, tmp_path / "samples", *more), "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(set(lines)) == 7 and not (tmp_path / "samples").exists()
+    name = "DiT-2x64p2-run-size-8-vae-none-cfg-2.0-steps-8-sampler-ddpm-seed-0-labels-random"
+    assert name in lines[0]
+
+
+def test_unwritable_folder(ckpt, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path / "file" / "samples"))
+    assert message == f"--sample-dir {tmp_path}/file/samples: cannot be written to (Not a directory)"
+
+
+def test_a_folder_of_something_else(ckpt, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *argv(ckpt, tmp_path, count=14))
+    (settings,) = tmp_path.glob("*.json")
+    assert json.loads(settings.read_text())["settings"]["cfg_scale"] == 2.0
+    settings.unlink()
+    assert "is there without its .json" in refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, count=14))
+
+
+def test_official_flags_are_taken():
+    args = sample_ddp.build_parser().parse_args(
+        "--model DiT-XL/2 --vae ema --sample-dir s --per-proc-batch-size 4 --num-fid-samples 8"
+        " --image-size 512 --num-classes 1000 --cfg-scale 1.5 --num-sampling-steps 250 --global-seed 0"
+        " --no-tf32 --ckpt x".split()
+    )
+    assert (args.tf32, args.num_fid_samples, args.vae) == (False, 8, "ema")
+    assert (ROOT / "sample_ddp.py").exists()
