@@ -8,15 +8,20 @@ and more:
     config       model, process, autoencoder, data, sampling: plain dicts that rebuild each
     timestep_sampler   state of a learned timestep distribution
 
-With train.py --shard a checkpoint is a folder, which this makes the ordinary file of:
+`load` also takes the published weights and any bare state dict, as .pt or .safetensors, and what diffusers
+saved, a DiTPipeline or its transformer alone. The command writes other forms of a checkpoint:
 
-    python checkpoint.py --ckpt results/000-DiT-XL-2/checkpoints/0050000 --out 0050000.pt
+    python checkpoint.py export --ckpt results/000-DiT-XL-2/checkpoints/0050000.pt --out dit.safetensors
+    python checkpoint.py export --ckpt DiT-XL-2-256x256.pt --out dit-pipeline
+    python checkpoint.py export --ckpt results/000-DiT-XL-2/checkpoints/0050000 --out 0050000.pt
 
-`load` also takes the published weights and any bare state dict, as .pt or .safetensors.
+The first holds the averaged weights and all that sampling needs to know; the second is a folder for
+diffusers' DiTPipeline; the third is the ordinary file of a folder of shards, which train.py --shard writes.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -27,6 +32,9 @@ from dataclasses import dataclass, field
 import torch
 
 import sharding
+from autoencoder import add_vae_argument
+from download import find_file
+from interchange import is_diffusers, load_diffusers, save_diffusers
 from models import DiT, DiT_models
 from runtime import Parser, UserError, launch, whole_file
 
@@ -156,6 +164,9 @@ def load(path, flag="--ckpt"):
     else."""
     if os.path.isdir(path) and os.path.exists(os.path.join(path, sharding.PLAIN)):
         return _load_shards(path, flag)
+    if os.path.isdir(path) and is_diffusers(path):
+        state, config = load_diffusers(path, flag)
+        return Checkpoint(path, dict(ema=state, model=state, config=config), config)
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file")
     if str(path).endswith(".safetensors"):
@@ -214,12 +225,14 @@ def _load_pickle(path, flag):
 
 
 def _load_safetensors(path, flag):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}
+            config = (file.metadata() or {}).get("config")
+            return dict(ema=state, config=json.loads(config)) if config else state
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{flag} {path}: not a safetensors file, or cut short ({error})") from error
 
 
@@ -322,22 +335,59 @@ def initialize(model, found):
     )
 
 
+def export(found, out, weights="ema"):
+    """Write a Checkpoint in the form that the name says: .pt for all it holds, .safetensors for its weights
+    and config, else a folder for diffusers' DiTPipeline. Raises UserError where that cannot be."""
+    if out.endswith(".pt"):
+        save(out, found.contents)
+        return
+    state = {name: value.contiguous() for name, value in found.state_dict(weights).items()}
+    config = {**found.config, "model": found.model_config()}
+    process = config.setdefault("process", dict(learn_sigma=config["model"]["learn_sigma"]))
+    vae = config.setdefault("autoencoder", dict(vae="mse"))["vae"]
+    classes = config.get("data", {}).get("classes")
+    try:
+        if out.endswith(".safetensors"):
+            _save_safetensors(out, state, config)
+        else:
+            save_diffusers(out, state, config["model"], process, vae, classes)
+    except OSError as error:
+        raise UserError(f"--out {out}: could not be written ({error.strerror or error})") from error
+
+
+def _save_safetensors(path, state, config):
+    from safetensors.torch import save as serialize
+
+    with whole_file(path, "wb") as file:
+        file.write(serialize(state, metadata=dict(config=json.dumps(config))))
+
+
 def main(args):
-    """Write a checkpoint of any form as one file."""
+    """Write another form of a checkpoint."""
     if not args.ckpt or not args.out:
         raise UserError("--ckpt and --out: both are required")
-    save(args.out, load(args.ckpt).contents)
+    if os.path.exists(args.out):
+        raise UserError(f"--out {args.out}: exists; remove it, or give another name")
+    found = load(find_file(args.ckpt))
+    if args.vae is not None:
+        found.config["autoencoder"] = dict(vae=args.vae)
+    export(found, args.out, args.weights)
     print(f"Wrote {args.out}")
 
 
 def build_parser():
     """The command-line options."""
     # fmt: off
-    parser = Parser(description=main.__doc__)
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=("export",), help="what to do: write another form of a checkpoint")
     parser.add_argument("--ckpt", default=None, metavar="PATH",
-                        help="a checkpoint: a folder of shards, or a file (default: none)")
-    parser.add_argument("--out", default=None, metavar="FILE",
-                        help="the .pt file to write (default: none)")
+                        help="a checkpoint, as sample.py takes it, or a folder of shards (default: none)")
+    parser.add_argument("--out", default=None, metavar="PATH",
+                        help="what to write: FILE.pt, FILE.safetensors, or a folder for diffusers"
+                        " (default: none)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
+                        help="averaged weights, or those of the last step (default: ema)")
+    add_vae_argument(parser, default=None)
     # fmt: on
     return parser
 

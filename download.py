@@ -7,6 +7,7 @@ The weights are the original authors', under CC BY-NC 4.0; this repository's own
 
 import http.client
 import os
+import re
 import zipfile
 
 from filelock import FileLock
@@ -29,8 +30,27 @@ def find_model(model_name, weights="ema"):
 
 
 def find_file(name):
-    """The path of a published checkpoint by name, fetched where need be, or of a local file, unchanged."""
-    return download_model(name) if name in PRETRAINED_MODELS and not os.path.exists(name) else name
+    """The path of a published checkpoint by name, or of a diffusers pipeline by hub id (owner/name), fetched
+    where need be; of a local file, unchanged. Raises UserError where it cannot be fetched."""
+    if os.path.exists(name):
+        return name
+    if name in PRETRAINED_MODELS:
+        return download_model(name)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith((".pt", ".safetensors"))
+    return download_pipeline(name) if is_hub_id else name
+
+
+def download_pipeline(name):
+    """Fetch a diffusers pipeline by hub id, and return its folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "transformer/*", "vae/*", "scheduler/*"])
+    except Exception as error:  # of many kinds, down to those of the HTTP library
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--ckpt {name}: no such file or folder, and as a hub id it could not be fetched ({reason})"
+        ) from error
 
 
 def download_model(name, folder=PRETRAINED_FOLDER, url=None):

@@ -36,6 +36,9 @@ def test_help_says_everything(name):
     for action in parser._actions:
         if action.dest == "help":
             continue
+        if not action.option_strings:  # a positional one has no default
+            assert action.help and (action.choices or action.metavar.isupper()), f"{name}.py {action.dest}"
+            continue
         option = action.option_strings[0]
         assert option.startswith("--") and "_" not in option, option
         assert action.help and "(default" in action.help, f"{name}.py {option}: help with a default"

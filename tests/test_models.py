@@ -7,6 +7,7 @@ import torch
 from conftest import build_tiny, load_rule_weights, rule_input
 
 import models
+from interchange import to_diffusers
 from models import DiT, DiT_models, TimestepEmbedder, count_activation_bytes, count_macs
 
 # Parameters (frozen position embedding included) and the paper's "Gflops" (multiply-adds, 256x256):
@@ -209,29 +210,6 @@ def test_impossible_models(options, message):
 def test_input_of_another_size(tiny):
     with pytest.raises(ValueError, match=re.escape("x (2, 4, 8, 10): this model takes (N, 4, 8, 8)")):
         tiny(torch.randn(2, 4, 8, 10), torch.tensor([1, 2]), torch.tensor([1, 2]))
-
-
-def to_diffusers(state, depth):
-    """A state dict in the names of diffusers' DiTTransformer2DModel."""
-    out = {f"pos_embed.proj.{kind}": state[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")}
-    for kind in ("weight", "bias"):
-        out[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
-        out[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
-        for i in range(depth):
-            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
-            qkv = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
-            out.update({f"{theirs}.attn1.to_{name}.{kind}": part for name, part in zip("qkv", qkv)})
-            out[f"{theirs}.attn1.to_out.0.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
-            out[f"{theirs}.ff.net.0.proj.{kind}"] = state[f"{ours}.mlp.fc1.{kind}"]
-            out[f"{theirs}.ff.net.2.{kind}"] = state[f"{ours}.mlp.fc2.{kind}"]
-            out[f"{theirs}.norm1.linear.{kind}"] = state[f"{ours}.adaLN_modulation.1.{kind}"]
-            embedder = f"{theirs}.norm1.emb"  # diffusers gives every block a copy of the embedders
-            out[f"{embedder}.timestep_embedder.linear_1.{kind}"] = state[f"t_embedder.mlp.0.{kind}"]
-            out[f"{embedder}.timestep_embedder.linear_2.{kind}"] = state[f"t_embedder.mlp.2.{kind}"]
-            out[f"{embedder}.class_embedder.embedding_table.weight"] = state[
-                "y_embedder.embedding_table.weight"
-            ]
-    return out
 
 
 def test_same_output_as_diffusers():

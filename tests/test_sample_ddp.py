@@ -1,4 +1,4 @@
-"""sample_ddp.py: one .npz whatever the processes, batches and kills; what is on disk is checked, not trusted."""
+"""sample_ddp.py: one .npz whatever the processes, batches and kills; what it finds is checked first."""
 
 import json
 import os

@@ -66,6 +66,69 @@ def test_seeds_give_normal_noise():
     assert abs(correlation.mean()) < 2e-3  # neighbouring seeds share nothing
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++", "euler", "heun"])
+def test_trajectory(solver):
+    """From the noise to the images themselves, at most 33 frames."""
+    sampler = tiny_sampler()
+    options = dict(sampler=solver, steps=5, batch_size=2)
+    images, trajectory = sampler.sample([3, 4, 5], return_trajectory=True, **options)
+    assert trajectory.shape == (6, 3, 3, 8, 8)
+    assert torch.equal(trajectory[-1], images) and torch.equal(images, sampler.sample([3, 4, 5], **options))
+    noise = SampleNoise(range(3)).randn((3, 8, 8))
+    torch.testing.assert_close(trajectory[0], ((noise + 1) / 2).clamp(0, 1))
+    assert (trajectory[0] - trajectory[1]).abs().mean() > 1e-3
+    _, long = sampler.sample(1, sampler=solver, steps=200, return_trajectory=True)
+    assert long.shape == (33, 1, 3, 8, 8)
+
+
+def test_image_to_image():
+    """Noise found by reverse DDIM leads back to the images; to others where the labels are others."""
+    sampler = tiny_sampler()
+    images = sampler.sample([3, 4], cfg_scale=1, sampler="ddim", steps=200)
+    back = sampler.image_to_image(images, [3, 4], steps=200, cfg_scale=1)
+    assert (back - images).abs().mean() < 0.02
+    other = sampler.image_to_image(images, [3, 4], [5, 6], steps=200, cfg_scale=2)
+    assert (other - images).abs().mean() > 2 * (back - images).abs().mean()
+    assert sampler.image_to_image(images, None, steps=5).shape == images.shape
+    with pytest.raises(UserError, match="1 labels for 2 images"):
+        sampler.image_to_image(images, [3], steps=5)
+    free = tiny_sampler(num_classes=0)
+    assert free.image_to_image(images, steps=5).shape == images.shape
+
+
+def test_defaults_of_another_sampler():
+    """Steps that suit the sampler asked for; those of the run for the run's own."""
+    sampler = tiny_sampler()
+    assert sampler.settle()["steps"] == "5" and sampler.settle(sampler="dpm++")["steps"] == "25"
+    assert sampler.settle(sampler="dpm++", steps=7)["steps"] == 7
+    assert sampler.settle()["cfg_channels"] == "all"
+    assert Sampler(build_tiny(), device="cpu").settle()["cfg_channels"] == 3
+
+
+def test_published_draws_are_one_stream():
+    """With one generator an image depends on its place; the draws of the null half are passed over."""
+    sampler = tiny_sampler()
+    images = sampler.sample([3, 4], seeds=7, published_draws=True, batch_size=1)
+    assert torch.equal(images, sampler.sample([3, 4], seeds=7, published_draws=True))
+    assert not torch.allclose(images[:1], sampler.sample([3], seeds=7, published_draws=True), atol=1e-2)
+    with pytest.raises(UserError, match="--published-draws: takes one seed"):
+        sampler.sample([3, 4], seeds=[7, 8], published_draws=True)
+    with pytest.raises(UserError, match="--published-draws: the published script samples by ddpm, not ddim"):
+        sampler.sample([3, 4], sampler="ddim", published_draws=True)
+
+
+@pytest.mark.parametrize("options", [{}, dict(input_size=[8, 12]), dict(num_classes=0)])
+def test_bfloat16_weights(options):
+    """Stored in half the memory, they give nearly the same images, and the output stays float32."""
+    full, half = tiny_sampler(**options), tiny_sampler(**options)
+    half.model.store_bfloat16()
+    assert {p.dtype for p in half.model.blocks.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.model.final_layer.parameters()} == {torch.float32}
+    expected, images = (s.sample(4, seeds=0, sampler="ddim") for s in (full, half))
+    assert images.dtype == torch.float32
+    assert 0 < (images - expected).abs().mean() < 0.01
+
+
 def test_guidance_scale_acts():
     sampler = tiny_sampler()
     one, two = (sampler.sample([3, 4], cfg_scale=scale) for scale in (1, 2))
@@ -84,7 +147,16 @@ def test_guidance_scale_acts():
         ({}, dict(n_or_labels=2, cfg_scale=-1), "--cfg-scale -1: must be 0 or more"),
         ({}, dict(n_or_labels=2, cfg_scale=float("nan")), "--cfg-scale nan: must be 0 or more"),
         ({}, dict(n_or_labels=2, steps=0), "--num-sampling-steps 0: 0 steps: there must be at least 1"),
-        ({}, dict(n_or_labels=2, sampler="magic"), "--sampler magic: choose one of ddpm, ddim"),
+        ({}, dict(n_or_labels=2, sampler="magic"), "--sampler magic: choose one of ddpm, ddim, euler"),
+        ({}, dict(n_or_labels=2, cfg_channels=4), "--cfg-channels 4: must be between 1 and 3, or all"),
+        ({}, dict(n_or_labels=2, cfg_interval=(2, 1)), "--cfg-interval: interval 2 1: must be two noise"),
+        ({}, dict(n_or_labels=2, cfg_interval=[2]), "--cfg-interval [2]: must be two noise levels"),
+        ({}, dict(n_or_labels=2, cfg_schedule="x"), "--cfg-schedule: schedule 'x': choose one of constant"),
+        (
+            {},
+            dict(n_or_labels=2, sampler="heun", steps="ddim50"),
+            "--num-sampling-steps ddim50: 'ddim50' is not a number of steps, and heun takes no other",
+        ),
         (
             dict(num_classes=0),
             dict(n_or_labels=2, cfg_scale=2),
@@ -160,6 +232,48 @@ def test_sample_repeats_nothing_of_the_training_command(ckpt, monkeypatch, capsy
     assert not np.array_equal(first, np.array(Image.open("sample.png")))
 
 
+def test_names_gif_and_files(ckpt, monkeypatch, capsys):
+    """Labels by the data's own names, one picture a file with its seed and label, an animation that opens."""
+    contents = torch.load("run.pt", weights_only=True)
+    contents["config"]["data"] = dict(classes=[*"abcdefghi", "Golden Retriever"])
+    torch.save(contents, "run.pt")
+    labels = ["--class-labels", "golden retriever", "C", 4, "--num-samples", 5]
+    more = ["--gif", "--out", "new/folder", "--seed", 7, "--num-sampling-steps", 6]
+    run(monkeypatch, "--ckpt", ckpt, *labels, *more)
+    assert "Saved 5 samples to sample.png and sample.gif and new/folder, labels [9, 2, 4, 9, 2]" in (
+        capsys.readouterr().out
+    )
+    expected = Sampler.from_checkpoint(ckpt).sample([9, 2, 4, 9, 2], seeds=7, steps=6)
+    for i, label in enumerate([9, 2, 4, 9, 2]):
+        with Image.open(f"new/folder/{i:06d}.png") as picture:
+            assert picture.info == dict(seed=str(7 + i), label=str(label)) and picture.mode == "L"
+            difference = np.array(picture).astype(int) - (expected[i, 0] * 255).round().int().numpy()
+            assert abs(difference).max() <= 1
+    with Image.open("sample.gif") as animation, Image.open("sample.png") as picture:
+        assert animation.n_frames == 7 and animation.size == picture.size
+        animation.seek(6)
+        last, whole = np.array(animation.convert("L")).astype(int), np.array(picture.convert("L"))
+        assert abs(last - whole).mean() < 8  # its colours are 256 at most
+
+
+def test_one_seed_a_sample(ckpt, monkeypatch):
+    run(monkeypatch, "--ckpt", ckpt, "--class-labels", 3, 3, "--seed", 5, 99, "--out", "a")
+    run(monkeypatch, "--ckpt", ckpt, "--class-labels", 3, "--seed", 99, "--out", "b")
+    one, other = (np.array(Image.open(name)).astype(int) for name in ("a/000001.png", "b/000000.png"))
+    assert abs(one - other).max() <= 1
+
+
+def test_unconditional_images_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = load_rule_weights(build_tiny(num_classes=0, in_channels=3, learn_sigma=False), 0.1)
+    config = dict(model=model.config, autoencoder=dict(vae="none"), sampling=dict(steps="3"))
+    config["process"] = create_diffusion(None, learn_sigma=False).config
+    checkpoint.save("free.pt", dict(ema=model.state_dict(), config=config))
+    run(monkeypatch, "--ckpt", "free.pt", "--num-samples", 3, "--out", "files")
+    assert "Saved 3 samples to sample.png and files" in capsys.readouterr().out
+    assert len(list((tmp_path / "files").iterdir())) == 3
+
+
 def test_labels_by_default(ckpt, monkeypatch, capsys):
     run(monkeypatch, "--ckpt", ckpt)
     assert "Saved 8 samples to sample.png, labels [0, 1, 2, 3, 4, 5, 6, 7]" in capsys.readouterr().out
@@ -187,6 +301,19 @@ def test_labels_by_default(ckpt, monkeypatch, capsys):
         (["--ckpt", "run.pt", "--cfg-scale", "-2"], "--cfg-scale -2.0: must be 0 or more"),
         (["--ckpt", "run.pt", "--seed", "-2"], "--seed -2: must be 0 or more"),
         (["--ckpt", "nowhere.pt"], "--ckpt nowhere.pt: no such file"),
+        (["--ckpt", "run.pt", "--class-labels", "otter"], "--class-labels 'otter': no such class"),
+        (["--class-labels", "goldn retriever"], 'did you mean "golden retriever" or'),
+        (
+            ["--class-labels", "crane"],
+            "--class-labels 'crane': 2 classes are called that; give one of 134, 517",
+        ),
+        (
+            ["--ckpt", "run.pt", "--class-labels", "1", "2", "--seed", "1", "2", "3"],
+            "--seed: 3 seeds for 2 samples; give as many, or the first one",
+        ),
+        (["--ckpt", "run.pt", "--num-samples", "0"], "--num-samples 0: must be at least 1"),
+        (["--ckpt", "run.pt", "--cfg-interval", "2", "1"], "--cfg-interval: interval 2.0 1.0: must be"),
+        (["--ckpt", "run.pt", "--out", "run.pt/a"], "--out run.pt/a: cannot be written to (Not a directory)"),
         (["--model", "DiT-M/2"], "argument --model: invalid choice: 'DiT-M/2' (choose from"),
         (["--model", "DiT-B/2"], "--model DiT-B/2: only DiT-XL/2 is published"),
         (["--image-size", "300"], "--image-size 300: published weights are for 256 and 512"),

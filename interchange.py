@@ -1,0 +1,189 @@
+"""The same weights in diffusers' form: a DiTPipeline folder, read and written.
+
+diffusers computes its timestep features with frequencies 10000^(-i/127) where DiT has 10000^(-i/128), one
+part in 127 of the exponent, and offers no option for it. So the same weights give slightly other pictures
+there.
+"""
+
+import json
+import os
+
+import torch
+
+from autoencoder import load_autoencoder
+from labels import class_names
+from models import DiT
+from runtime import UserError, blame
+
+# What DiTTransformer2DModel must be told, or must say, to be the network of the paper:
+FIXED = dict(norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True)
+# Of every block and of the whole: ours, theirs. The two of diffusers' embedders are in every block again.
+BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+WHOLE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+EMBEDDERS = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+SCHEDULES = ("linear", "squaredcos_cap_v2")
+
+
+def is_diffusers(folder):
+    """Whether a folder is a pipeline, or a model, that diffusers saved."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("model_index.json", "config.json"))
+
+
+def to_diffusers(state, depth):
+    """A DiT's state dict under the names of DiTTransformer2DModel; tensors are shared where they can be."""
+    out = {}
+    for kind in ("weight", "bias"):
+        out.update({f"{theirs}.{kind}": state[f"{ours}.{kind}"] for ours, theirs in WHOLE.items()})
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            out.update({f"{theirs}.{b}.{kind}": state[f"{ours}.{a}.{kind}"] for a, b in BLOCK.items()})
+            parts = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
+            out.update({f"{theirs}.attn1.to_{name}.{kind}": part for name, part in zip("qkv", parts)})
+    for i in range(depth):
+        for ours, theirs in EMBEDDERS.items():
+            # Copies, since files of safetensors share nothing:
+            out[f"transformer_blocks.{i}.norm1.emb.{theirs}"] = state[ours].clone()
+    return out
+
+
+def from_diffusers(state, depth, pos_embed):
+    """The other way, bitwise. Raises ValueError where the blocks' copies of the embedders differ."""
+    out = dict(pos_embed=pos_embed)
+    for kind in ("weight", "bias"):
+        out.update({f"{ours}.{kind}": state[f"{theirs}.{kind}"] for ours, theirs in WHOLE.items()})
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            out.update({f"{ours}.{a}.{kind}": state[f"{theirs}.{b}.{kind}"] for a, b in BLOCK.items()})
+            parts = [state[f"{theirs}.attn1.to_{name}.{kind}"] for name in "qkv"]
+            out[f"{ours}.attn.qkv.{kind}"] = torch.cat(parts)
+    for ours, theirs in EMBEDDERS.items():
+        out[ours] = state[f"transformer_blocks.0.norm1.emb.{theirs}"]
+        for i in range(1, depth):
+            if not torch.equal(state[f"transformer_blocks.{i}.norm1.emb.{theirs}"], out[ours]):
+                raise ValueError(f"block {i} has an embedder of its own ({theirs}), which no DiT has")
+    return out
+
+
+def load_diffusers(folder, flag="--ckpt"):
+    """(state dict, config) of a pipeline's or a transformer's folder, as checkpoint.py keeps them.
+
+    Raises UserError, naming the flag, for another kind of model."""
+    from diffusers import DiTTransformer2DModel
+
+    index = _read_json(os.path.join(folder, "model_index.json"))
+    part = os.path.join(folder, "transformer") if index else folder
+    found = _read_json(os.path.join(part, "config.json"))
+    wrong = [name for name, value in FIXED.items() if found.get(name, value) != value]
+    if wrong or "num_embeds_ada_norm" not in found:
+        raise UserError(f"{flag} {folder}: not a DiT that diffusers saved ({wrong or 'no labels'})")
+    try:
+        peer = DiTTransformer2DModel.from_pretrained(part)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{flag} {folder}: its weights cannot be loaded ({reason})") from error
+    c = peer.config
+    model_config = dict(
+        input_size=c.sample_size, patch_size=c.patch_size, in_channels=c.in_channels,
+        hidden_size=c.num_attention_heads * c.attention_head_dim, depth=c.num_layers,
+        num_heads=c.num_attention_heads, num_classes=c.num_embeds_ada_norm,
+        learn_sigma=(c.out_channels or c.in_channels) == 2 * c.in_channels,
+    )  # fmt: skip
+    with blame(f"{flag} {folder}"):
+        small = DiT(**{**model_config, "depth": 1})  # for its position embedding
+        state = from_diffusers(peer.state_dict(), c.num_layers, small.pos_embed.detach())
+        config = dict(
+            model={**small.config, "depth": c.num_layers},
+            process=_process(_read_json(os.path.join(folder, "scheduler", "scheduler_config.json")), small),
+        )
+    if index:
+        config["autoencoder"] = dict(vae=os.path.abspath(os.path.join(folder, "vae")))
+        names = index.get("id2label") or {}
+        config["data"] = dict(classes=[names[key] for key in sorted(names, key=int)])
+    return state, config
+
+
+def _process(scheduler, model):
+    """The process of a scheduler's config, for a model; ValueError for one that is not here."""
+    schedule = scheduler.get("beta_schedule", "linear")
+    ends = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
+    if schedule not in SCHEDULES or (schedule == "linear" and ends != (1e-4, 0.02)):
+        raise ValueError(f"its noise schedule is {schedule} {ends}; only {' and '.join(SCHEDULES)} are known")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "sample"):
+        raise ValueError(f"it predicts {prediction}; only epsilon and sample are known")
+    return dict(
+        objective="diffusion", noise_schedule=schedule, predict_xstart=prediction == "sample",
+        learn_sigma=model.learn_sigma, diffusion_steps=scheduler.get("num_train_timesteps", 1000),
+    )  # fmt: skip
+
+
+def _read_json(path):
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+def save_diffusers(folder, state, model_config, process_config, vae, classes=None):
+    """Write a DiTPipeline folder: transformer, VAE, a DDIM scheduler and the names of the classes.
+
+    vae   what load_autoencoder takes; diffusers' pipeline has no pixels
+    Raises UserError for a model that the pipeline cannot hold.
+    """
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    check_exportable(model_config, process_config, vae)
+    autoencoder = load_autoencoder(vae, torch.device("cpu"))
+    heads, channels = model_config["num_heads"], model_config["in_channels"]
+    peer = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=model_config["hidden_size"] // heads,
+        in_channels=channels, out_channels=channels * (2 if model_config["learn_sigma"] else 1),
+        num_layers=model_config["depth"], sample_size=model_config["input_size"][0],
+        patch_size=model_config["patch_size"], num_embeds_ada_norm=model_config["num_classes"],
+        norm_eps=1e-6,
+    )  # fmt: skip
+    peer.load_state_dict(to_diffusers(state, model_config["depth"]), strict=False, assign=True)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=process_config.get("diffusion_steps", 1000), beta_start=1e-4, beta_end=0.02,
+        beta_schedule=process_config.get("noise_schedule", "linear"), clip_sample=False,
+        prediction_type="sample" if process_config.get("predict_xstart") else "epsilon",
+    )  # fmt: skip
+    DiTPipeline(peer, autoencoder.model, scheduler).save_pretrained(folder)
+    path = os.path.join(folder, "model_index.json")
+    index = _read_json(path)
+    names = class_names(model_config["num_classes"], classes)
+    index["id2label"] = {str(label): name for label, name in enumerate(names)}
+    with open(path, "w") as file:
+        json.dump(index, file, indent=2)
+
+
+def check_exportable(model_config, process_config, vae):
+    """Raise UserError for a model that diffusers' pipeline cannot hold."""
+    height, width = model_config["input_size"]
+    reasons = {
+        "pixel models": vae == "none",
+        "rectangular models": height != width,
+        "unconditional models": not model_config["num_classes"],
+        "models trained without label dropout": model_config["class_dropout_prob"] == 0,
+        "models of another mlp_ratio than 4": model_config["mlp_ratio"] != 4,
+        "this noise schedule": process_config.get("noise_schedule", "linear") not in SCHEDULES,
+        "this objective": process_config.get("objective", "diffusion") != "diffusion",
+    }
+    for what, holds in reasons.items():
+        if holds:
+            raise UserError(f"--out: diffusers' DiTPipeline has no {what}; give --out FILE.safetensors")

@@ -1,0 +1,179 @@
+"""checkpoint.py export, and what diffusers reads and writes: safetensors and DiTPipeline folders."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from conftest import build_tiny, load_rule_weights
+from test_autoencoder import save_vae
+
+import checkpoint
+import download
+from checkpoint import build_model
+from diffusion import create_diffusion
+from interchange import from_diffusers, to_diffusers
+from labels import class_names
+from runtime import UserError, launch
+from sampler import Sampler
+
+
+@pytest.fixture
+def vae(tmp_path):
+    torch.manual_seed(0)
+    save_vae(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def ckpt(tmp_path, vae):
+    """A latent model of ten classes, its average other than its raw weights."""
+    model = load_rule_weights(build_tiny(), 0.1)
+    raw = {key: value + 1 for key, value in model.state_dict().items()}
+    config = dict(
+        model=model.config, process=create_diffusion(None).config, autoencoder=dict(vae=str(vae)),
+        data=dict(classes=[f"class {i}" for i in range(10)]), sampling=dict(cfg_scale=3.0, steps="7"),
+    )  # fmt: skip
+    path = str(tmp_path / "run.pt")
+    checkpoint.save(path, dict(model=raw, ema=model.state_dict(), step=3, config=config))
+    return path
+
+
+def export(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "export", *map(str, argv)])
+    launch(checkpoint.main, checkpoint.build_parser())
+
+
+def assert_same(state, other):
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_safetensors_round_trip(ckpt, tmp_path, monkeypatch, weights):
+    out = str(tmp_path / "dit.safetensors")
+    export(monkeypatch, "--ckpt", ckpt, "--out", out, "--weights", weights)
+    found, original = checkpoint.load(out), checkpoint.load(ckpt)
+    assert_same(found.state_dict("ema"), original.state_dict(weights))
+    assert found.config == original.config
+    again = str(tmp_path / "again.safetensors")
+    export(monkeypatch, "--ckpt", out, "--out", again)
+    with open(out, "rb") as first, open(again, "rb") as second:
+        assert first.read() == second.read()
+    if weights == "ema":
+        images = Sampler.from_checkpoint(out, device="cpu").sample([3, 4])
+        assert torch.equal(images, Sampler.from_checkpoint(ckpt, device="cpu").sample([3, 4]))
+
+
+def test_bare_safetensors_export(tmp_path, monkeypatch):
+    """Weights that come without a config leave with the one read off their shapes."""
+    model = build_tiny(hidden_size=384, depth=12, num_heads=6)
+    checkpoint.save(str(tmp_path / "bare.pt"), model.state_dict())
+    export(monkeypatch, "--ckpt", tmp_path / "bare.pt", "--out", tmp_path / "a.safetensors")
+    found = checkpoint.load(str(tmp_path / "a.safetensors"))
+    assert found.config["model"] == model.config and found.config["process"]["learn_sigma"]
+
+
+def test_pipeline_loads_offline_and_makes_an_image(ckpt, tmp_path, monkeypatch):
+    from diffusers import DiTPipeline
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "pipeline"
+    export(monkeypatch, "--ckpt", ckpt, "--out", folder)
+    pipeline = DiTPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.labels["class 7"] == 7
+    images = pipeline(
+        pipeline.get_label_ids(["class 7", "class 2"]), guidance_scale=1.0, num_inference_steps=4,
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert len(images) == 2 and images[0].size == (32, 32) and len(set(images[0].tobytes())) > 20
+
+
+def test_a_diffusers_folder_loads_back_bitwise(ckpt, tmp_path, monkeypatch):
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline")
+    for part in ("", "transformer"):
+        found = checkpoint.load(str(tmp_path / "pipeline" / part))
+        assert_same(found.state_dict(), checkpoint.load(ckpt).state_dict())
+        model = build_model(found.model_config(factor=4), found.state_dict(), "here")
+        assert model.config == build_tiny().config
+    ours = Sampler.from_checkpoint(ckpt, device="cpu").sample([3, 4], cfg_scale=2.0, steps=5)
+    sampler = Sampler.from_checkpoint(str(tmp_path / "pipeline"), device="cpu")
+    assert torch.equal(sampler.sample([3, 4], cfg_scale=2.0, steps=5), ours)
+
+
+def test_a_hub_id_is_fetched(ckpt, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline")
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(name)
+        if name == "owner/none":
+            raise OSError("401 Client Error\nand more")
+        return str(tmp_path / "pipeline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert download.find_file("owner/DiT-mine") == str(tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"--ckpt owner/none: no such file or folder, and as a hub id .*401"):
+        download.find_file("owner/none")
+    for local in ("results/a/b.pt", "here/weights.safetensors", "/tmp/none", "none.pt", ckpt):
+        assert download.find_file(local) == local
+    assert asked == ["owner/DiT-mine", "owner/none"]
+
+
+def test_embedders_that_differ_are_refused():
+    model = build_tiny(depth=3)
+    theirs = to_diffusers(model.state_dict(), 3)
+    theirs["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"] += 1
+    with pytest.raises(ValueError, match=r"block 2 has an embedder of its own"):
+        from_diffusers(theirs, 3, model.pos_embed)
+
+
+def test_other_configs_are_refused(ckpt, tmp_path, monkeypatch):
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(config, beta_end=0.03)))
+    with pytest.raises(UserError, match="its noise schedule is linear"):
+        checkpoint.load(str(tmp_path / "pipeline"))
+    path.write_text(json.dumps(dict(config, beta_schedule="squaredcos_cap_v2")))
+    found = checkpoint.load(str(tmp_path / "pipeline"))
+    assert found.config["process"]["noise_schedule"] == "squaredcos_cap_v2"
+    with pytest.raises(UserError, match="not a DiT that diffusers saved"):
+        checkpoint.load(str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize(
+    "options, vae, message",
+    [
+        ({}, "none", "diffusers' DiTPipeline has no pixel models"),
+        (dict(input_size=[8, 4]), None, "no rectangular models"),
+        (dict(num_classes=0), None, "no unconditional models"),
+        (dict(class_dropout_prob=0.0), None, "no models trained without label dropout"),
+        (dict(mlp_ratio=2.0), None, "no models of another mlp_ratio"),
+    ],
+)
+def test_models_that_no_pipeline_holds(tmp_path, monkeypatch, capsys, options, vae, message):
+    model = build_tiny(**options)
+    contents = dict(ema=model.state_dict(), config=dict(model=model.config))
+    torch.save(contents, tmp_path / "a.pt")
+    with pytest.raises(SystemExit):
+        more = ["--vae", vae] if vae else []
+        export(monkeypatch, "--ckpt", tmp_path / "a.pt", "--out", tmp_path / "out", *more)
+    assert re.search(f"--out: .*{message}.*give --out FILE.safetensors", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(ckpt, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        export(monkeypatch, "--ckpt", ckpt, "--out", ckpt)
+    assert "exists; remove it, or give another name" in capsys.readouterr().err
+
+
+def test_names_of_classes():
+    assert class_names(1000)[207] == "golden retriever"
+    assert class_names(3, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert class_names(2) == ["0", "1"]
