@@ -18,9 +18,10 @@ import checkpoint
 import settings
 import train
 from experiment import Experiment
+from images import save_grid
 from models import DiT
 from runtime import launch
-from sampler import Sampler, save_grid
+from sampler import Sampler
 
 # A model and sampler small enough to test with:
 SMALL = (
