@@ -2,7 +2,8 @@
 
 diffusers computes its timestep features with frequencies 10000^(-i/127) where DiT has 10000^(-i/128), one
 part in 127 of the exponent, and offers no option for it. So the same weights give slightly other pictures
-there.
+there: a model of the digits (50 steps of DDIM, guidance 2) gives pixels that differ by 1.8 of 255 on average,
+by more than 8 in one of twenty, by 33 at most.
 """
 
 import json

@@ -22,7 +22,7 @@ COMMANDS = sorted(
     path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser())" in path.read_text()
 )
 README = (ROOT / "README.md").read_text()
-SCRIPTS = r"\b(train|sample|extract_features)\.py\b"
+SCRIPTS = r"\b(train|sample|sample_ddp|extract_features)\.py\b"
 
 
 def test_all_commands_are_found():

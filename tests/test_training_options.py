@@ -166,7 +166,7 @@ def test_sharded_weights(tmp_path):
 
     out = tmp_path / "whole.pt"
     checkpoint.main(checkpoint.build_parser().parse_args(
-        ["--ckpt", str(sharded / "checkpoints" / "0000020"), "--out", str(out)]
+        ["export", "--ckpt", str(sharded / "checkpoints" / "0000020"), "--out", str(out)]
     ))  # fmt: skip
     contents = [checkpoint.load(str(path)).contents for path in (out, plain / "checkpoints" / "0000020.pt")]
     for part in ("model", "ema"):
