@@ -26,11 +26,10 @@ from runtime import UserError, add_precision_argument, blame
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
 # samples guide three of the four latent channels; a model of another number of channels is guided whole.
-DEFAULTS = dict(
-    cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedule="constant", steps="250", sampler="ddpm"
-)  # fmt: skip
+# What a process is sampled by, it says itself.
+DEFAULTS = dict(cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedule="constant")
 # Steps of a sampler that is asked for in place of the default one:
-STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25"}
+STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25", "sde": "250"}
 FRAMES = 32  # of a trajectory, after the noise
 
 
@@ -94,7 +93,7 @@ class Sampler:
         self.model = model.to(self.device).eval()
         self.process = process or create_diffusion(None, learn_sigma=model.learn_sigma)
         self.autoencoder = (autoencoder or Pixels(model.in_channels)).to(self.device)
-        self.defaults = {**DEFAULTS, **(defaults or {})}
+        self.defaults = {**DEFAULTS, **self.process.sampling, **(defaults or {})}
 
     @classmethod
     def from_checkpoint(cls, path, *, device=None, precision=None, compile=False, **options):
@@ -129,7 +128,8 @@ class Sampler:
         cfg_interval  (low, high], the noise levels sigma / alpha that are guided
         cfg_schedule  "constant", or "power-cosine"
         steps         denoising steps; for ddpm and ddim also a spacing as "10,15,20" or "ddim50"
-        sampler       "ddpm", "ddim", "dpm++", "euler" or "heun"
+        sampler       of a diffusion: "ddpm", "ddim", "dpm++", "euler" or "heun"; of a flow: "euler", "heun",
+                      "sde", "dpm++" or "ddim"
         batch_size    images at a time; does not change them
         published_draws    draw as the published sample.py does with the (one) seed: the same picture from
                            the same weights, but an image then depends on its place among the others
@@ -303,7 +303,7 @@ class Plan:
         self.process = create_process(kept.get("process", dict(learn_sigma=self.model_config["learn_sigma"])))
         self.image_size = tuple(side * factor for side in self.model_config["input_size"])
         self.image_channels = image_channels or in_channels
-        self.defaults = {**DEFAULTS, **(defaults or {}), **kept.get("sampling", {})}
+        self.defaults = {**DEFAULTS, **self.process.sampling, **(defaults or {}), **kept.get("sampling", {})}
         self.classes = kept.get("data", {}).get("classes")  # their names
 
     def check(self, **options):
@@ -330,7 +330,7 @@ class Plan:
 
 
 def settle_options(model_config, process, defaults, *, labels=None, **given):
-    """All options of DEFAULTS, for a model of this config and its process: those given, else the defaults.
+    """All options, for a model of this config and its process: those given, else the defaults.
 
     Raises UserError for labels or options that this model cannot serve.
     """
@@ -394,11 +394,14 @@ def check_sampling_options(options, process=None):
             Guidance(1.0, 0, interval=tuple(interval))
     with blame("--cfg-schedule"):
         Guidance(1.0, 0, schedule=options["cfg_schedule"] or "constant")
-    if sampler is not None and sampler not in SAMPLERS:
-        raise UserError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
-    if options["steps"] is not None:
-        with blame(f"--num-sampling-steps {options['steps']}"):
-            (process or create_diffusion(None)).count_steps(sampler or "ddpm", options["steps"])
+    if process is None:
+        process = create_diffusion(None)
+        if sampler not in process.samplers:
+            return  # another process's; it will say
+    if sampler not in process.samplers:
+        raise UserError(f"--sampler {sampler}: this model has {', '.join(process.samplers)}")
+    with blame(f"--num-sampling-steps {options['steps']}"):
+        process.count_steps(sampler, options["steps"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,9 +428,9 @@ def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):
                        " stride as ddim50 (default: the run's own; with another --sampler than the run's, "
                        + ", ".join(f"{steps} for {name}" for name, steps in STEPS.items()) + ")")
     group.add_argument("--sampler", choices=list(SAMPLERS), default=None,
-                       help="ddpm, ancestral; the others are deterministic: ddim, and dpm++ (2M), best with"
-                       " few steps, euler, heun (two evaluations a step)"
-                       " (default: the run's own; {sampler} where it has none)".format(**DEFAULTS))
+                       help="of a diffusion: ddpm, ancestral, or, deterministic, ddim, dpm++ (2M, best with"
+                       " few steps), euler, heun (two evaluations a step); of a flow: euler, heun, dpm++, sde"
+                       " (default: the run's own; ddpm, or euler for a flow, where it has none)")
     # fmt: on
 
 
@@ -445,7 +448,7 @@ def _channels(text):
 
 
 def sampling_options(args):
-    """The options that add_sampling_arguments read, by the names of DEFAULTS; None for those not given."""
+    """The options that add_sampling_arguments read, as Sampler takes them; None for those not given."""
     return dict(
         cfg_scale=args.cfg_scale, cfg_channels=args.cfg_channels, cfg_interval=args.cfg_interval,
         cfg_schedule=args.cfg_schedule, steps=args.num_sampling_steps, sampler=args.sampler,

@@ -7,6 +7,8 @@ import torch
 import checkpoint
 from autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
 from data import DATASETS, LatentCache, held_out_count, open_dataset
+from diffusion import PATHS, create_process
+from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from experiment import import_wandb
 from models import DiT, DiT_models, count_macs
@@ -55,9 +57,31 @@ def check_options(args):
     _require(args, "lr", args.lr > 0, "must be more than 0")
     _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
     _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
-    check_sampling_options(sampling_options(args))
+    check_objective(args)
+    process = create_process(process_config(args))
+    options = {**process.sampling, **{k: v for k, v in sampling_options(args).items() if v is not None}}
+    check_sampling_options({**dict.fromkeys(DEFAULTS), **options}, process)
     if args.wandb:
         import_wandb()
+
+
+def check_objective(args):
+    """Refuse options of the other objective, and settle --learn-sigma: a flow has no variance to learn."""
+    other = dict(
+        diffusion=("flow_path", "flow_prediction", "time_shift"), flow=("noise_schedule", "learn_sigma")
+    )
+    for name in other[args.objective]:
+        if name in args.by_hand and getattr(args, name) is not False:
+            raise UserError(f"--{name.replace('_', '-')}: has no meaning with --objective {args.objective}")
+    only = dict(diffusion="loss-second-moment", flow="logit-normal")
+    if args.timestep_sampler not in ("uniform", only[args.objective]):
+        raise UserError(
+            f"--timestep-sampler {args.timestep_sampler}: --objective {args.objective} takes uniform or"
+            f" {only[args.objective]}"
+        )
+    _require(args, "time_shift", args.time_shift > 0, "must be more than 0")
+    if args.objective == "flow":
+        args.learn_sigma = False
 
 
 def _require(args, name, condition, what):
@@ -153,7 +177,17 @@ def sampling_defaults(args):
     given = {name: value for name, value in sampling_options(args).items() if value is not None}
     if "sampler" in given:
         given.setdefault("steps", STEPS[given["sampler"]])
-    return {**DEFAULTS, **given}
+    return {**DEFAULTS, **create_process(process_config(args)).sampling, **given}
+
+
+def process_config(args):
+    """What create_process builds the training process of these options from."""
+    if args.objective == "diffusion":
+        return dict(objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma)
+    return dict(
+        objective="flow", path=args.flow_path, prediction=args.flow_prediction, shift=args.time_shift,
+        time_sampling=args.timestep_sampler,
+    )  # fmt: skip
 
 
 def source(args):
@@ -232,6 +266,16 @@ def build_parser():
                        help="share of labels dropped, for guidance; 0 for none (default: 0.1)")
     group.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
                        help="predict the variance too, with twice the channels (default: on)")
+    group.add_argument("--objective", choices=("diffusion", "flow"), default="diffusion",
+                       help="the paper's diffusion, or flow matching (default: diffusion)")
+    group.add_argument("--flow-path", choices=list(PATHS), default="linear",
+                       help="how a flow leads from data to noise: in straight lines, on a circle (gvp), or as"
+                       " diffusion does (default: linear)")
+    group.add_argument("--flow-prediction", choices=list(PREDICTIONS), default="velocity",
+                       help="what a flow's model predicts (default: velocity)")
+    group.add_argument("--time-shift", type=float, default=1.0, metavar="FACTOR",
+                       help="times t of a flow become FACTOR t / (1 + (FACTOR - 1) t): noisier above 1"
+                       " (default: 1)")
     group.add_argument("--noise-schedule", choices=("linear", "squaredcos_cap_v2"), default="linear",
                        help="how noise grows over the 1000 steps (default: linear)")
 
@@ -268,7 +312,8 @@ def build_parser():
     group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False,
                        help="average over a tenth of the steps so far at most, for short runs (default: off)")
     group.add_argument("--timestep-sampler", choices=list(SCHEDULE_SAMPLERS), default="uniform",
-                       help="how training times are drawn (default: uniform)")
+                       help="how training times are drawn: uniform, logit-normal (for a flow), or by the loss"
+                       " they had (for a diffusion) (default: uniform)")
     add_precision_argument(group)
 
     group = parser.add_argument_group("output")

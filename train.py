@@ -56,6 +56,7 @@ from settings import (
     open_autoencoder,
     open_training_data,
     print_plan,
+    process_config,
     sampling_defaults,
     source,
 )
@@ -79,9 +80,7 @@ def main(args):
     dataset = open_training_data(args)
     check_data(args, dataset)
     model_config = configure_model(args, dataset)
-    process = create_process(
-        dict(objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma)
-    )
+    process = create_process(process_config(args))
     training_set, held_out = hold_out(dataset, args.global_seed) if args.eval_every else (dataset, None)
     steps_per_epoch = len(training_set) // args.global_batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
@@ -205,7 +204,7 @@ def main(args):
             optimizer.step()
             update_ema(ema, model, ema_decay(args, step))
             timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
-            meter.add(terms, draws["t"] * 4 // process.num_timesteps)
+            meter.add(terms, (draws["t"] * 4 // process.num_timesteps).long().clamp(max=3))
             bar.update()
 
             if step % args.log_every == 0 or step == total:
@@ -373,7 +372,7 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64
     """The mean loss of the averaged weights on held-out images, each with the same t and noise every time."""
     generator, device = generator_for("cpu", args.global_seed, EVALUATION), processes.device
     n, shape = len(held_out), (len(held_out), ema.in_channels, *ema.input_size)
-    t = torch.arange(n) * process.num_timesteps // n  # evenly spread
+    t = process.even_t(n, "cpu")
     noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     encode, total = autoencoder.draw if args.feature_path else autoencoder.encode, 0.0
     for batch in torch.arange(n).split(batch_size * processes.world_size):

@@ -1,12 +1,22 @@
 """Processes that turn noise into images: how they are trained and sampled."""
 
-from .gaussian_diffusion import SAMPLERS, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .flow_matching import PATHS, FlowMatching
+from .gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
 from .guidance import SCHEDULES, Guidance
 from .respace import SpacedDiffusion, space_timesteps
 
+# What --sampler can name; each process has its own of them:
+SAMPLERS = tuple(dict.fromkeys([*GaussianDiffusion.samplers, *FlowMatching.samplers]))
+
 __all__ = [
-    "SAMPLERS", "SCHEDULES", "Guidance", "SpacedDiffusion", "create_diffusion", "create_process",
-    "space_timesteps",
+    "PATHS", "SAMPLERS", "SCHEDULES", "FlowMatching", "Guidance", "SpacedDiffusion", "create_diffusion",
+    "create_flow", "create_process", "space_timesteps",
 ]  # fmt: skip
 
 
@@ -64,7 +74,12 @@ def create_diffusion(
     )  # fmt: skip
 
 
-OBJECTIVES = {"diffusion": lambda **options: create_diffusion(None, **options)}
+def create_flow(**options):
+    """A flow; the defaults are straight lines, velocities and uniform times. Options: see FlowMatching."""
+    return FlowMatching(**options)
+
+
+OBJECTIVES = {"diffusion": lambda **options: create_diffusion(None, **options), "flow": create_flow}
 
 
 def create_process(config):

@@ -18,12 +18,16 @@ from tqdm.auto import tqdm
 
 from .diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .schedules import betas_for_alpha_bar, get_beta_schedule, get_named_beta_schedule
-from .solvers import SOLVERS, Point
+from .solvers import SOLVERS, Point, run_solver
 
 __all__ = [
-    "SAMPLERS", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar",
+    "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar",
     "get_beta_schedule", "get_named_beta_schedule",
 ]  # fmt: skip
+
+
+# The samplers that walk the steps of a (re)spaced process, as published; the others solve its ODE:
+SPACED_SAMPLERS = ("ddpm", "ddim")
 
 
 class ModelMeanType(enum.Enum):
@@ -64,6 +68,9 @@ class GaussianDiffusion:
     (N, 2C, …). timestep_map (T,) are the times the model is given, by default 0 … T-1; see SpacedDiffusion.
     config: plain data from which create_process builds the process again.
     """
+
+    samplers = (*SPACED_SAMPLERS, "dpm++", "euler", "heun")
+    sampling = dict(sampler="ddpm", steps="250")  # unless told otherwise
 
     def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, timestep_map=None, config=None):
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
@@ -360,8 +367,8 @@ class GaussianDiffusion:
     def count_steps(self, sampler, steps=None):
         """How many steps `sample` takes, and how often it calls back. Raises ValueError for what it cannot
         do."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if sampler not in self.samplers:
+            raise ValueError(f"sampler {sampler!r}: a diffusion has {', '.join(self.samplers)}")
         if steps is None:
             return self.num_timesteps
         if sampler in SPACED_SAMPLERS:
@@ -376,13 +383,17 @@ class GaussianDiffusion:
             raise ValueError(f"{count} steps: must be between 1 and {self.original_num_steps - 1}")
         return count
 
+    def even_t(self, n, device):
+        """Times (n,), evenly spread, for evaluation."""
+        return torch.arange(n, device=device) * self.num_timesteps // n
+
     def sample(
         self, model, noise, *, sampler="ddpm", steps=None, model_kwargs=None, guidance=None, randn_like=None,
         callback=None, clip_denoised=False,
     ):  # fmt: skip
         """Denoise: noise (N, C, …) to x (N, C, …).
 
-        sampler      one of SAMPLERS: "ddpm" (ancestral), or deterministic ones, good with fewer
+        sampler      one of `samplers`: "ddpm" (ancestral), or deterministic ones, good with fewer
                      steps: "ddim", "dpm++", "euler", "heun"
         steps        how many; for ddpm and ddim also a spacing as "10,15,20" or "ddim50"; None for as many as
                      this process has
@@ -396,18 +407,12 @@ class GaussianDiffusion:
         if sampler in SPACED_SAMPLERS:
             process = self if steps is None else self.respaced(steps)
             states = process._ancestral_or_ddim(model, noise, sampler, guidance, randn_like, **options)
-            times = process.timestep_map[::-1]
+            times = process.timestep_map[::-1].tolist()
         else:
             points = self.points(count)
             states = SOLVERS[sampler](self._predictor(model, guidance, **options), noise, points)
-            times = [point.time for point in points]
-        x = noise
-        for i in range(count):
-            with torch.no_grad():  # not around the callback
-                x, pred_xstart = next(states)
-            if callback is not None:
-                callback(dict(i=i + 1, t=int(times[i]), x=x, pred_xstart=pred_xstart))
-        return x
+            times = [point.time for point in points[:-1]]
+        return run_solver(states, noise, times, callback)
 
     def _ancestral_or_ddim(self, model, x, sampler, guidance, randn_like, **options):
         """Yield (x, pred_xstart) for every step of this process, as the published loops do."""
@@ -545,11 +550,6 @@ class GaussianDiffusion:
         vb, xstart_mse, mse = (torch.stack(columns, dim=1) for columns in (vb, xstart_mse, mse))
         prior = self._prior_bpd(x_start)
         return dict(total_bpd=vb.sum(dim=1) + prior, prior_bpd=prior, vb=vb, xstart_mse=xstart_mse, mse=mse)
-
-
-# The samplers that walk the steps of a (re)spaced process, as published; the others solve its ODE.
-SPACED_SAMPLERS = ("ddpm", "ddim")
-SAMPLERS = (*SPACED_SAMPLERS, *(name for name in SOLVERS if name not in SPACED_SAMPLERS))
 
 
 def _unless_last(t, x):

@@ -1,16 +1,19 @@
 """Few-step solvers, one page each, for any process x = alpha x_start + sigma noise.
 
-Each is a generator `solver(predict, x, points)` over points from noise to data: it yields (x, pred_xstart) at
-every point after the first.
+Each is a generator `solver(predict, x, points, randn_like)` over points from noise to data: it yields
+(x, pred_xstart) at every point after the first.
 
     predict(x, point)   the predicted (x_start, noise) at a point, each as x (N, C, …)
     points              N + 1 of them for N steps
+    randn_like          takes the place of torch.randn_like where something is drawn
 
-Scalars are Python floats, so float64, whatever the type of x. Nothing random is drawn.
+Scalars are Python floats, so float64, whatever the type of x.
 """
 
 import math
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Point:
         return self.slope[0] * x_start + self.slope[1] * noise
 
 
-def ddim(predict, x, points):
+def ddim(predict, x, points, randn_like=None):
     """DDIM (Song et al., arXiv 2010.02502, eq. 12): the prediction, noised again to the next level."""
     for here, there in zip(points, points[1:]):
         x_start, noise = predict(x, here)
@@ -50,7 +53,7 @@ def ddim(predict, x, points):
         yield x, x_start
 
 
-def euler(predict, x, points):
+def euler(predict, x, points, randn_like=None):
     """Euler's method, of first order."""
     for here, there in zip(points, points[1:]):
         x_start, noise = predict(x, here)
@@ -58,7 +61,7 @@ def euler(predict, x, points):
         yield x, x_start
 
 
-def heun(predict, x, points):
+def heun(predict, x, points, randn_like=None):
     """Heun's method (the explicit trapezoid), of second order, with two evaluations a step.
 
     The last step is Euler's where the model knows nothing of its end."""
@@ -77,7 +80,7 @@ def _advance(x, here, there, slope):
     return (there.scale / here.scale) * x + (there.scale * (there.clock - here.clock)) * slope
 
 
-def dpm_solver_pp(predict, x, points):
+def dpm_solver_pp(predict, x, points, randn_like=None):
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), of second order, one evaluation a step.
 
     The first step, and the last one where it ends in clean data, are of first order."""
@@ -93,4 +96,35 @@ def dpm_solver_pp(predict, x, points):
         yield x, x_start
 
 
-SOLVERS = {"ddim": ddim, "euler": euler, "heun": heun, "dpm++": dpm_solver_pp}
+def sde(predict, x, points, randn_like=None):
+    """Euler-Maruyama for the SDE of the same marginals with diffusion coefficient sigma (SiT, section 2.3).
+
+    One draw a step; the last step is its mean alone.
+    """
+    for here, there in zip(points, points[1:]):
+        x_start, noise = predict(x, here)
+        z = (randn_like or torch.randn_like)(x)
+        step = here.clock - there.clock
+        # Half of sigma times the score, which is -noise / sigma:
+        x = _advance(x, here, there, here.derivative(x_start, noise)) - (step / 2) * noise
+        if there is not points[-1]:
+            x = x + math.sqrt(here.sigma * step) * z
+        yield x, x_start
+
+
+SOLVERS = {"ddim": ddim, "euler": euler, "heun": heun, "dpm++": dpm_solver_pp, "sde": sde}
+
+
+def run_solver(states, x, times, callback=None):
+    """The last x of a solver's states, without gradients; callback as in GaussianDiffusion.sample.
+
+    x: where it starts; times: what is told of them to the callback, in order."""
+    for i in range(len(times)):
+        with torch.no_grad():  # not around the callback
+            state = next(states, None)
+        if state is None:
+            break
+        x, pred_xstart = state
+        if callback is not None:
+            callback(dict(i=i + 1, t=times[i], x=x, pred_xstart=pred_xstart))
+    return x

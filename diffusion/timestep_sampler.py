@@ -52,6 +52,10 @@ class UniformSampler(ScheduleSampler):
         return self.diffusion.sample_t(batch_size, device, generator), torch.ones(batch_size, device=device)
 
 
+class LogitNormalSampler(UniformSampler):
+    """A flow's own times, drawn from its logit-normal distribution (see FlowMatching)."""
+
+
 class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from losses. All processes see those of all, and so keep the same weights."""
 
@@ -110,4 +114,8 @@ def _gather_rows(rows):
     return torch.cat([part[: int(n)] for part, n in zip(gathered, counts)])
 
 
-SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+SCHEDULE_SAMPLERS = {
+    "uniform": UniformSampler,
+    "logit-normal": LogitNormalSampler,
+    "loss-second-moment": LossSecondMomentResampler,
+}

@@ -424,7 +424,7 @@ def test_sample_reports_every_step(tiny):
     assert torch.equal(seen[-1]["x"], x) and seen[0]["pred_xstart"].shape == x.shape
     with pytest.raises(ValueError, match="2.9 is not a whole number of steps"):
         diffusion.respaced(2.9)
-    with pytest.raises(ValueError, match="sampler 'magic': choose one of ddpm, ddim"):
+    with pytest.raises(ValueError, match="sampler 'magic': a diffusion has ddpm, ddim"):
         diffusion.sample(tiny, z, sampler="magic")
 
 
@@ -447,7 +447,7 @@ def test_uniform_sampler():
     t, weights = sampler.sample(100_000, "cpu")
     assert torch.bincount(t, minlength=100).min() > 800 and t.max() == 99 and (weights == 1).all()
     with pytest.raises(
-        ValueError, match="timestep sampler 'greedy': choose one of uniform, loss-second-moment"
+        ValueError, match="timestep sampler 'greedy': choose one of uniform, logit-normal, loss-second-moment"
     ):
         create_named_schedule_sampler("greedy", create_diffusion("100"))
 

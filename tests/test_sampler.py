@@ -147,7 +147,7 @@ def test_guidance_scale_acts():
         ({}, dict(n_or_labels=2, cfg_scale=-1), "--cfg-scale -1: must be 0 or more"),
         ({}, dict(n_or_labels=2, cfg_scale=float("nan")), "--cfg-scale nan: must be 0 or more"),
         ({}, dict(n_or_labels=2, steps=0), "--num-sampling-steps 0: 0 steps: there must be at least 1"),
-        ({}, dict(n_or_labels=2, sampler="magic"), "--sampler magic: choose one of ddpm, ddim, euler"),
+        ({}, dict(n_or_labels=2, sampler="magic"), "--sampler magic: this model has ddpm, ddim, dpm++"),
         ({}, dict(n_or_labels=2, cfg_channels=4), "--cfg-channels 4: must be between 1 and 3, or all"),
         ({}, dict(n_or_labels=2, cfg_interval=(2, 1)), "--cfg-interval: interval 2 1: must be two noise"),
         ({}, dict(n_or_labels=2, cfg_interval=[2]), "--cfg-interval [2]: must be two noise levels"),

@@ -9,10 +9,12 @@ import torch
 from conftest import rule_input
 from test_diffusion import MEAN, SCHEDULE, STD, final_std, ideal_model
 
-from diffusion import SAMPLERS, Guidance, create_diffusion
+from diffusion import Guidance, create_diffusion
 from diffusion.solvers import SOLVERS, Point
 
+SAMPLERS = create_diffusion(None).samplers
 SOLVED = [name for name in SAMPLERS if name not in ("ddpm", "ddim")]
+ODES = [name for name in SOLVERS if name != "sde"]
 
 
 def slope_and_offset(sample):
@@ -110,7 +112,7 @@ def test_a_first_order_dpm_step_is_ddim_s():
             )
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ODES)
 def test_the_mean_is_found(solver):
     """Shifting all data shifts all samples: the middle of the noise goes to about the middle of the data."""
     _, offset = slope_and_offset(lambda x: solve(solver, x, linear_path(100)))

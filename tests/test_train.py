@@ -98,7 +98,7 @@ def test_checkpoint(finished):
 
 def test_picture_is_what_the_checkpoint_samples(finished, tmp_path):
     sampler = Sampler.from_checkpoint(str(finished / "checkpoints" / "0000012.pt"), device="cpu")
-    assert sampler.defaults == {**DEFAULTS, "cfg_scale": 1.5, "steps": "3"}
+    assert sampler.defaults == {**DEFAULTS, "cfg_scale": 1.5, "steps": "3", "sampler": "ddpm"}
     save_grid(sampler.sample_each_class(10, seeds=0), str(tmp_path / "again.png"), nrow=10)
     pictures = [
         np.array(Image.open(path)).astype(int)
