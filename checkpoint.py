@@ -273,7 +273,20 @@ def infer_model_config(state, path, model=None):
         class_dropout_prob=0.1,  # the last row of the table is taken for the null label's
         num_classes=len(labels) - 1 if labels is not None else 0,
         learn_sigma=rows == 2 * in_channels * patch_size**2,
+        block=_infer_block(state),
+        ffn="conv" if "blocks.0.mlp.conv.weight" in state else "mlp",
+        registers=state["registers.tokens"].shape[1] if "registers.tokens" in state else 0,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
     )
+
+
+def _infer_block(state):
+    if "blocks.0.cross_attn.q.weight" in state:
+        return "cross-attention"
+    if "blocks.0.adaLN_modulation.1.weight" not in state:
+        return "in-context"
+    rows, width = state["blocks.0.adaLN_modulation.1.weight"].shape
+    return "adaln" if rows == 4 * width else "adaln-zero"
 
 
 def describe_model(config):

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed
-from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Attention
 from torch.utils.checkpoint import checkpoint
 
+from blocks import BLOCKS, FFNS, DiTBlock, FinalLayer, Registers, modulate
 from runtime import Parser, UserError, launch
 
-
-def modulate(x, shift, scale):
-    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D); zeros change
-    nothing."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+__all__ = [
+    "DiT", "DiTBlock", "DiT_models", "FinalLayer", "LabelEmbedder", "TimestepEmbedder", "check_config",
+    "count_activation_bytes", "count_macs", "get_2d_sincos_pos_embed", "modulate", "null_label",
+]  # fmt: skip
+POS_EMBEDS = ("sincos", "learned")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,54 +105,6 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size):
 
 
 # ---------------------------------------------------------------------------------------------
-# Blocks
-
-
-class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning: starts as the identity, since its gates start at 0."""
-
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(
-            hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh")
-        )
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x, c):
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # six of (N, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return x
-
-    def initialize_zero(self):
-        nn.init.zeros_(self.adaLN_modulation[-1].weight)
-        nn.init.zeros_(self.adaLN_modulation[-1].bias)
-
-
-class FinalLayer(nn.Module):
-    """Tokens (N, T, D) to patches (N, T, p·p·C_out), modulated by c; zero at initialisation."""
-
-    def __init__(self, hidden_size, patch_size, out_channels):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-    def initialize_zero(self):
-        for layer in (self.adaLN_modulation[-1], self.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-
-# ---------------------------------------------------------------------------------------------
 # The model
 
 
@@ -174,6 +126,11 @@ class DiT(nn.Module):
                    model
     learn_sigma    twice the channels out: the second half interpolates the variance
                    (improved DDPM, arXiv 2102.09672, eq. 15)
+    block          how time and label enter: one of BLOCKS
+    ffn            behind the attention: "mlp", or "conv" with a convolution over the patches
+    pos_embed      position embedding: "sincos", fixed, or "learned" from there
+    registers      learned tokens beside the patches, dropped before the final layer
+    qk_norm        normalise queries and keys, for the stability of long runs in bfloat16
 
     `config` is the plain dict that builds the same model again: DiT(**model.config).
     """
@@ -190,6 +147,11 @@ class DiT(nn.Module):
         class_dropout_prob=0.1,
         num_classes=1000,
         learn_sigma=True,
+        block="adaln-zero",
+        ffn="mlp",
+        pos_embed="sincos",
+        registers=0,
+        qk_norm=False,
     ):
         super().__init__()
         input_size = [input_size] * 2 if isinstance(input_size, int) else [int(side) for side in input_size]
@@ -197,7 +159,8 @@ class DiT(nn.Module):
         self.config = dict(
             input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
             depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob,
-            num_classes=num_classes, learn_sigma=learn_sigma,
+            num_classes=num_classes, learn_sigma=learn_sigma, block=block, ffn=ffn, pos_embed=pos_embed,
+            registers=registers, qk_norm=qk_norm,
         )  # fmt: skip
         check_config(self.config)
         self.input_size, self.patch_size = tuple(input_size), patch_size
@@ -210,10 +173,18 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         # A frozen parameter rather than a buffer: the published weights and parameter counts hold it.
         self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False
+            torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=pos_embed == "learned"
         )
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.registers = Registers(registers, hidden_size) if registers else nn.Identity()
+        norm = dict(qk_norm=True, norm_layer=nn.LayerNorm) if qk_norm else {}
+        attention = partial(Attention, qkv_bias=True, **norm)
+        grid_size = self.x_embedder.grid_size
+        network = partial(FFNS[ffn], hidden_features=int(hidden_size * mlp_ratio), grid_size=grid_size)
+        self.condition = BLOCKS[block].condition
+        self.blocks = nn.ModuleList(
+            [BLOCKS[block](hidden_size, num_heads, attention, network) for _ in range(depth)]
+        )
+        self.final_layer = BLOCKS[block].final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     @property
@@ -238,6 +209,8 @@ class DiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:
             layer.initialize_zero()
+        for tokens in self.registers.parameters():
+            nn.init.normal_(tokens, std=0.02)
 
     def modules_in_postorder(self):
         """Every submodule, children before their parents."""
@@ -278,11 +251,13 @@ class DiT(nn.Module):
             )
         # PatchEmbed returns a transposed view, whose layout every later elementwise operation would keep:
         x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
+        x = self.registers(x)
         with full_precision(x):
-            c = self.t_embedder(t)  # (N, D)
+            embeddings = [self.t_embedder(t)]  # each (N, D)
         if self.y_embedder is not None:
-            c = c + self.y_embedder(y, self.training, force_drop_ids)
-        # In weights stored as bfloat16 the blocks run in it; otherwise these change nothing:
+            embeddings.append(self.y_embedder(y, self.training, force_drop_ids))
+        x, c = self.condition(x, embeddings)
+        # With weights stored as bfloat16 the blocks run in it; otherwise these change nothing:
         x, c_blocks = x.to(self.block_dtype), c.to(self.block_dtype)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
@@ -290,7 +265,8 @@ class DiT(nn.Module):
             else:
                 x = block(x, c_blocks)
         with full_precision(x):
-            x = self.final_layer(x.to(c.dtype), c)  # (N, T, p·p·C_out)
+            # What stands behind the patches, registers and conditions, has served:
+            x = self.final_layer(x[:, : self.x_embedder.num_patches].to(c.dtype), c)  # (N, T, p·p·C_out)
         return self.unpatchify(x)  # (N, C_out, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
@@ -324,6 +300,11 @@ def check_config(config):
         raise ValueError(f"input_size {height}x{width}: must be divisible by patch_size {patch_size}")
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size}: must be divisible by 4 and by num_heads {num_heads}")
+    for name, known in (("block", BLOCKS), ("ffn", FFNS), ("pos_embed", POS_EMBEDS)):
+        if config[name] not in known:
+            raise ValueError(f"{name} {config[name]!r}: choose one of {', '.join(known)}")
+    if config["registers"] < 0:
+        raise ValueError(f"registers {config['registers']}: must be 0 or more")
     if not 0 <= config["class_dropout_prob"] < 1:
         raise ValueError(f"class_dropout_prob {config['class_dropout_prob']}: must be in [0, 1)")
 

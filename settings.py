@@ -6,12 +6,13 @@ import torch
 
 import checkpoint
 from autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
+from blocks import BLOCKS, FFNS
 from data import DATASETS, LatentCache, held_out_count, open_dataset
 from diffusion import PATHS, create_process
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from experiment import import_wandb
-from models import DiT, DiT_models, count_macs
+from models import POS_EMBEDS, DiT, DiT_models, count_macs
 from runtime import Parser, UserError, add_precision_argument, blame
 from sampler import DEFAULTS, STEPS, add_sampling_arguments, check_sampling_options, sampling_options
 
@@ -167,7 +168,8 @@ def configure_model(args, dataset):
     with blame(f"--model {args.model}"), torch.device("meta"):
         return DiT_models[args.model](
             input_size=args.image_size // factor, in_channels=channels, num_classes=args.num_classes,
-            class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma,
+            class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma, block=args.block,
+            ffn=args.ffn, pos_embed=args.pos_embed, registers=args.registers, qk_norm=args.qk_norm,
             **{name: size for name, size in sizes.items() if size is not None},
         ).config  # fmt: skip
 
@@ -262,6 +264,18 @@ def build_parser():
                        help="attention heads, in place of the model's (default: the model's)")
     group.add_argument("--patch-size", type=int, default=None, metavar="SIDE",
                        help="latent pixels a side of a patch, in place of the model's (default: the model's)")
+    group.add_argument("--block", choices=list(BLOCKS), default="adaln-zero",
+                       help="how time and label enter, in the paper's four ways (default: adaln-zero)")
+    group.add_argument("--ffn", choices=list(FFNS), default="mlp",
+                       help="behind the attention: two linear layers, or a 3x3 convolution over the patches"
+                       " between them too (default: mlp)")
+    group.add_argument("--pos-embed", choices=POS_EMBEDS, default="sincos",
+                       help="position embedding: fixed sines and cosines, or learned from there"
+                       " (default: sincos)")
+    group.add_argument("--registers", type=int, default=0, metavar="N",
+                       help="learned tokens beside the patches (default: 0)")
+    group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=False,
+                       help="normalise queries and keys, for stable long runs in bf16 (default: off)")
     group.add_argument("--class-dropout-prob", type=float, default=0.1, metavar="SHARE",
                        help="share of labels dropped, for guidance; 0 for none (default: 0.1)")
     group.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
