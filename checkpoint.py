@@ -17,6 +17,8 @@ saved, a DiTPipeline or its transformer alone. The command writes other forms of
 
 The first holds the averaged weights and all that sampling needs to know; the second is a folder for
 diffusers' DiTPipeline; the third is the ordinary file of a folder of shards, which train.py --shard writes.
+Published weights of SiT are told from DiT's by nothing but their name: exported with --sit, they are sampled
+as the flow they are.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import torch
 
 import sharding
 from autoencoder import add_vae_argument
+from diffusion import create_flow
 from download import find_file
 from interchange import is_diffusers, load_diffusers, save_diffusers
 from models import DiT, DiT_models
@@ -382,6 +385,8 @@ def main(args):
     if os.path.exists(args.out):
         raise UserError(f"--out {args.out}: exists; remove it, or give another name")
     found = load(find_file(args.ckpt))
+    if args.sit:
+        found.config["process"] = create_flow(time_scale=1.0, published_sit=True).config
     if args.vae is not None:
         found.config["autoencoder"] = dict(vae=args.vae)
     export(found, args.out, args.weights)
@@ -400,6 +405,8 @@ def build_parser():
                         " (default: none)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="averaged weights, or those of the last step (default: ema)")
+    parser.add_argument("--sit", action="store_true",
+                        help="the weights are published ones of SiT; what is written says so (default: off)")
     add_vae_argument(parser, default=None)
     # fmt: on
     return parser

@@ -26,7 +26,7 @@ from runtime import UserError, whole_file
 # else are the same run.
 EXECUTION = {
     "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every", "ckpt_every", "sample_every",
-    "keep_checkpoints", "wandb",
+    "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
 }  # fmt: skip
 
 # Dense matrix products, FLOP/s, of the datasheets, by a part of the device's name and the precision:
@@ -73,8 +73,9 @@ class Experiment:
     def checkpoint_path(self, step, folder=False):
         return os.path.join(self.checkpoints, f"{step:07d}" + ("" if folder else ".pt"))
 
-    def picture_path(self, step):
-        return os.path.join(self.folder, "samples", f"{step:07d}.png")
+    def picture_path(self, step, cfg_scale=None):
+        scale = "" if cfg_scale is None else f"-cfg-{cfg_scale}"
+        return os.path.join(self.folder, "samples", f"{step:07d}{scale}.png")
 
     def _acquire(self, folder):
         """Whether the folder is now this run's, that is no living run's."""

@@ -24,15 +24,14 @@ def to_uint8(x):
 
 def save_grid(images, path, nrow):
     """Write images (N, C, H, W) in [0, 1] as one PNG, nrow a row; tiny ones enlarged for the eye."""
-    folder = os.path.dirname(path)
-    if folder:
-        os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     _grid(images, nrow).save(path)
 
 
 def save_gif(trajectory, path, nrow):
     """Write a trajectory (F, N, C, H, W) in [0, 1] as an animation of grids, nrow a row, that rests at the
     end."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     frames = [_grid(images, nrow) for images in trajectory]
     durations = [60] * (len(frames) - 1) + [2500]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -21,6 +21,7 @@ from models import DiT_models
 from runtime import Parser, UserError, launch, set_precision, start_processes
 from sampler import (
     Plan,
+    add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
     check_sampling_options,
@@ -51,7 +52,7 @@ def main(args):
             return
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
-        num_classes=args.num_classes, vae=args.vae,
+        num_classes=args.num_classes, vae=args.vae, guide=args.guide,
     )  # fmt: skip
     labels = choose_labels(args, plan.model_config["num_classes"], plan.classes)
     count = labels if isinstance(labels, int) else len(labels)
@@ -151,7 +152,9 @@ def build_parser():
     parser.add_argument("--published-draws", action="store_true",
                         help="draw noise as the published script does, from one generator: the same"
                         " weights and --seed then give its picture on the same kind of device (default: off)")
-    add_sampling_arguments(parser.add_argument_group("sampling"))
+    group = parser.add_argument_group("sampling")
+    add_sampling_arguments(group)
+    add_guide_argument(group)
     group = parser.add_argument_group("output")
     group.add_argument("--gif", action="store_true",
                        help="show how the images come out of the noise, in sample.gif (default: off)")

@@ -28,6 +28,7 @@ from runtime import Parser, UserError, create_logger, launch, set_precision, sta
 from sample import published_checkpoint
 from sampler import (
     Plan,
+    add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
     check_sampling_options,
@@ -58,7 +59,7 @@ def main(args):
     processes = start_processes()
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
-        num_classes=args.num_classes, vae=args.vae, defaults=dict(cfg_scale=CFG_SCALE),
+        num_classes=args.num_classes, vae=args.vae, guide=args.guide, defaults=dict(cfg_scale=CFG_SCALE),
     )  # fmt: skip
     options = plan.check(**options)
     if plan.image_channels not in (1, 3):
@@ -141,6 +142,7 @@ def begin(args, plan, options, precision, archive):
     Returns as SampleArchive.begin."""
     settings = dict(
         weights=fingerprint(plan.checkpoint.state_dict(args.weights)), which_weights=args.weights,
+        guide=plan.guide and fingerprint(plan.guide.checkpoint.state_dict()),
         model=plan.model_config, process=plan.process.config, vae=plan.vae, **options,
         global_seed=args.global_seed, labels=args.labels, num_fid_samples=args.num_fid_samples,
         per_proc_batch_size=args.per_proc_batch_size, precision=precision, compile=args.compile, png=args.png,
@@ -199,6 +201,8 @@ def folder_name(args, plan, options):
         cfg += "-in-{:g}-{:g}".format(*options["cfg_interval"])
     if options["cfg_schedule"] != "constant":
         cfg += f"-{options['cfg_schedule']}"
+    if args.guide:
+        cfg += f"-by-{os.path.splitext(os.path.basename(args.guide))[0]}"
     return (
         f"{model.replace('/', '-')}-{weights}-size-{size}-vae-{os.path.basename(vae)}-{cfg}"
         f"-steps-{options['steps']}-sampler-{options['sampler']}-seed-{args.global_seed}-labels-{args.labels}"
@@ -229,7 +233,9 @@ def build_parser():
     parser.add_argument("--global-seed", type=int, default=0, metavar="SEED",
                         help="of the first image, from which the next ones count on: 50000 gives a second set"
                         " that shares none (default: 0)")
-    add_sampling_arguments(parser.add_argument_group("sampling"), CFG_SCALE)
+    group = parser.add_argument_group("sampling")
+    add_sampling_arguments(group, CFG_SCALE)
+    add_guide_argument(group)
     group = parser.add_argument_group("output")
     group.add_argument("--sample-dir", default="samples", metavar="FOLDER",
                        help="where the .npz and the folder of PNGs are made (default: samples)")

@@ -86,14 +86,16 @@ class Sampler:
     autoencoder  what decodes its latents; None where the model sees pixels
     device       None for a GPU where there is one
     defaults     options for calls that do not give them, see DEFAULTS
+    guide        a weaker model of the same kind that guides in place of the null label (autoguidance)
     """
 
-    def __init__(self, model, process=None, autoencoder=None, device=None, defaults=None):
+    def __init__(self, model, process=None, autoencoder=None, device=None, defaults=None, guide=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.process = process or create_diffusion(None, learn_sigma=model.learn_sigma)
         self.autoencoder = (autoencoder or Pixels(model.in_channels)).to(self.device)
         self.defaults = {**DEFAULTS, **self.process.sampling, **(defaults or {})}
+        self.guide = guide and guide.to(self.device).eval()
 
     @classmethod
     def from_checkpoint(cls, path, *, device=None, precision=None, compile=False, **options):
@@ -201,13 +203,15 @@ class Sampler:
         x = self.process.sample(
             self.model, noise, sampler="ddim", steps=options["steps"], clip_denoised=clip,
             model_kwargs=self._model_kwargs(new, len(x)),
-            guidance=None if new is None else make_guidance(options, self.model.config),
+            guidance=None if new is None else make_guidance(options, self.model.config, self.guide),
         )  # fmt: skip
         return to_unit(self.autoencoder.decode(x))
 
     def settle(self, **options):
         """All sampling options, with the defaults for those left out; UserError for what cannot be."""
-        return settle_options(self.model.config, self.process, self.defaults, **options)
+        return settle_options(
+            self.model.config, self.process, self.defaults, has_guide=self.guide is not None, **options
+        )
 
     def generate(self, seeds, labels, options, callback=None, published_draws=False, kept=None):
         """One batch, decoded but not rounded or clamped: (images (N, C, H, W) in about [-1, 1], labels (N,)).
@@ -230,7 +234,7 @@ class Sampler:
         x = self.process.sample(
             model, z, sampler=options["sampler"], steps=options["steps"],
             model_kwargs=self._model_kwargs(labels, len(seeds)),
-            guidance=make_guidance(options, model.config), randn_like=noise.randn_like,
+            guidance=make_guidance(options, model.config, self.guide), randn_like=noise.randn_like,
             clip_denoised=self.autoencoder.clip_denoised, callback=callback,
         )  # fmt: skip
         return self.autoencoder.decode(x), labels
@@ -268,6 +272,7 @@ class Plan:
     weights                          "ema" or "raw"
     model, image_size, num_classes   what the caller holds it to be; None leaves it to the checkpoint
     vae                              another autoencoder than the checkpoint's, see load_autoencoder
+    guide                            the checkpoint of a weaker model, for autoguidance
     default_vae                      for a checkpoint that names none
     defaults                         of sampling options, for a checkpoint that keeps none; see DEFAULTS
     Raises UserError where the checkpoint is none, or another than the caller holds it to be.
@@ -282,6 +287,7 @@ class Plan:
         image_size=None,
         num_classes=None,
         vae=None,
+        guide=None,
         default_vae="mse",
         defaults=None,
     ):
@@ -305,10 +311,22 @@ class Plan:
         self.image_channels = image_channels or in_channels
         self.defaults = {**DEFAULTS, **self.process.sampling, **(defaults or {}), **kept.get("sampling", {})}
         self.classes = kept.get("data", {}).get("classes")  # their names
+        self.guide = guide and self._check_guide(Plan(guide, vae=self.vae))
+
+    def _check_guide(self, guide):
+        for name in ("input_size", "in_channels", "num_classes"):
+            mine, other = self.model_config[name], guide.model_config[name]
+            if mine != other:
+                raise UserError(f"--guide {guide.path}: its {name} is {other}, and {mine} in {self.path}")
+        if guide.process.config != self.process.config:
+            raise UserError(f"--guide {guide.path}: was trained for another process than {self.path}")
+        return guide
 
     def check(self, **options):
         """Raise UserError for labels, or options of sampling, that this checkpoint cannot serve."""
-        return settle_options(self.model_config, self.process, self.defaults, **options)
+        return settle_options(
+            self.model_config, self.process, self.defaults, has_guide=self.guide is not None, **options
+        )
 
     def build(self, device=None, precision=None, compile=False):
         """The Sampler, with all weights loaded.
@@ -317,6 +335,12 @@ class Plan:
         compile     whether to compile the blocks
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network = self._build_network(precision, compile)
+        guide = self.guide and self.guide._build_network(precision, compile)
+        autoencoder = load_autoencoder(self.vae, device, image_channels=network.in_channels)
+        return Sampler(network, self.process, autoencoder, device, self.defaults, guide)
+
+    def _build_network(self, precision, compile):
         network = checkpoint.build_model(
             self.model_config, self.checkpoint.state_dict(self.weights), self.path
         )
@@ -325,11 +349,10 @@ class Plan:
         if compile:
             for block in network.blocks:
                 block.compile(fullgraph=True, dynamic=False)
-        autoencoder = load_autoencoder(self.vae, device, image_channels=network.in_channels)
-        return Sampler(network, self.process, autoencoder, device, self.defaults)
+        return network
 
 
-def settle_options(model_config, process, defaults, *, labels=None, **given):
+def settle_options(model_config, process, defaults, *, labels=None, has_guide=False, **given):
     """All options, for a model of this config and its process: those given, else the defaults.
 
     Raises UserError for labels or options that this model cannot serve.
@@ -337,7 +360,8 @@ def settle_options(model_config, process, defaults, *, labels=None, **given):
     null, num_classes = null_label(model_config), model_config["num_classes"]
     if labels is not None:
         check_labels(labels, num_classes)
-    if given.get("cfg_scale") not in (None, 1) and null is None:
+    guidable = null is not None or has_guide
+    if given.get("cfg_scale") not in (None, 1) and not guidable:
         why = "was trained without label dropout" if num_classes else "is unconditional"
         raise UserError(
             f"--cfg-scale {given['cfg_scale']}: this model {why}, so there is nothing to guide; leave it out"
@@ -345,7 +369,7 @@ def settle_options(model_config, process, defaults, *, labels=None, **given):
     options = {
         name: default if given.get(name) is None else given[name] for name, default in defaults.items()
     }
-    if null is None:
+    if not guidable:
         options["cfg_scale"] = 1.0
     if given.get("steps") is None and options["sampler"] != defaults["sampler"]:
         options["steps"] = STEPS.get(options["sampler"])
@@ -358,7 +382,7 @@ def settle_options(model_config, process, defaults, *, labels=None, **given):
     return options
 
 
-def make_guidance(options, model_config):
+def make_guidance(options, model_config, guide=None):
     """The Guidance of settled options, or None where there is none."""
     if options["cfg_scale"] == 1:
         return None
@@ -369,6 +393,7 @@ def make_guidance(options, model_config):
         channels=None if channels == "all" else channels,
         interval=None if interval is None else tuple(interval),
         schedule=options["cfg_schedule"],
+        guide=guide,
     )
 
 
@@ -432,6 +457,15 @@ def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):
                        " few steps), euler, heun (two evaluations a step); of a flow: euler, heun, dpm++, sde"
                        " (default: the run's own; ddpm, or euler for a flow, where it has none)")
     # fmt: on
+
+
+def add_guide_argument(group):
+    """--guide."""
+    group.add_argument(
+        "--guide", default=None, metavar="FILE",
+        help="checkpoint of a weaker model, smaller or trained for less, that guides in place of the missing"
+        " label: autoguidance (default: none)",
+    )  # fmt: skip
 
 
 def add_speed_arguments(group):

@@ -33,6 +33,26 @@ PRESETS = {
         model="DiT-S/2", learn_sigma=False, global_batch_size=128, max_steps=200_000, lr=1e-4,
         ema_decay=0.9999, ema_warmup=True, ckpt_every=10_000, cfg_scale=2.5,
     ),
+    # The quick start as a flow.
+    "digits-flow": dict(
+        dataset="digits", image_size=8, vae="none", num_workers=0,
+        model="DiT-S/2", depth=4, hidden_size=128, num_heads=4, objective="flow",
+        global_batch_size=64, max_steps=2000, lr=2e-3, warmup_steps=50,
+        ema_decay=0.995, ema_warmup=True, cfg_scale=2.0,
+    ),
+    # Just-a-DiT's recipe itself.
+    "cifar10-flow": dict(
+        dataset="cifar10", image_size=32, vae="none",
+        model="DiT-S/2", objective="flow", timestep_sampler="logit-normal", registers=4,
+        global_batch_size=128, max_steps=200_000, lr=1e-4, ema_decay=0.9999, ema_warmup=True,
+        ckpt_every=10_000, sample_every=10_000, sample_cfg_scales=[1.0, 2.5, 5.0], sample_gif=True,
+        cfg_scale=2.5,
+    ),
+    # The blog's DiT for robots' images (JulienRineau/diffusion-transformer): any folder, no labels.
+    "unconditional-conv": dict(
+        model="DiT-B/2", num_classes=0, ffn="conv", noise_schedule="squaredcos_cap_v2", learn_sigma=False,
+        sigma_small=True, global_batch_size=256, lr=1e-4, weight_decay=1e-2, clip_grad=1.0,
+    ),
     # The paper's two published models.
     "imagenet256": dict(model="DiT-XL/2", image_size=256, max_steps=7_000_000, cfg_scale=1.5),  # FID-50K 2.27
     "imagenet512": dict(model="DiT-XL/2", image_size=512, max_steps=3_000_000, cfg_scale=1.5),  # FID-50K 3.04
@@ -62,6 +82,8 @@ def check_options(args):
     process = create_process(process_config(args))
     options = {**process.sampling, **{k: v for k, v in sampling_options(args).items() if v is not None}}
     check_sampling_options({**dict.fromkeys(DEFAULTS), **options}, process)
+    for scale in args.sample_cfg_scales or ():
+        _require(args, "sample_cfg_scales", 0 <= scale < float("inf"), "must be 0 or more; 1 is no guidance")
     if args.wandb:
         import_wandb()
 
@@ -69,7 +91,8 @@ def check_options(args):
 def check_objective(args):
     """Refuse options of the other objective, and settle --learn-sigma: a flow has no variance to learn."""
     other = dict(
-        diffusion=("flow_path", "flow_prediction", "time_shift"), flow=("noise_schedule", "learn_sigma")
+        diffusion=("flow_path", "flow_prediction", "time_shift"),
+        flow=("noise_schedule", "learn_sigma", "sigma_small"),
     )
     for name in other[args.objective]:
         if name in args.by_hand and getattr(args, name) is not False:
@@ -138,6 +161,7 @@ def check_data(args, dataset):
             why = "without label dropout" if args.num_classes else "in an unconditional model"
             raise UserError(f"--cfg-scale {args.cfg_scale}: {why} there is nothing to guide; leave it out")
         args.cfg_scale = 1.0
+        args.sample_cfg_scales = None
     available = len(dataset) - (held_out_count(len(dataset)) if args.eval_every else 0)
     if available < args.global_batch_size:
         raise UserError(
@@ -185,7 +209,10 @@ def sampling_defaults(args):
 def process_config(args):
     """What create_process builds the training process of these options from."""
     if args.objective == "diffusion":
-        return dict(objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma)
+        return dict(
+            objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma,
+            sigma_small=args.sigma_small,
+        )  # fmt: skip
     return dict(
         objective="flow", path=args.flow_path, prediction=args.flow_prediction, shift=args.time_shift,
         time_sampling=args.timestep_sampler,
@@ -280,6 +307,9 @@ def build_parser():
                        help="share of labels dropped, for guidance; 0 for none (default: 0.1)")
     group.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
                        help="predict the variance too, with twice the channels (default: on)")
+    group.add_argument("--sigma-small", action=argparse.BooleanOptionalAction, default=False,
+                       help="without --learn-sigma, sample with the smaller of the two fixed variances"
+                       " (default: off)")
     group.add_argument("--objective", choices=("diffusion", "flow"), default="diffusion",
                        help="the paper's diffusion, or flow matching (default: diffusion)")
     group.add_argument("--flow-path", choices=list(PATHS), default="linear",
@@ -340,6 +370,10 @@ def build_parser():
                        help="delete all but the last N; 0 keeps all (default: 0)")
     group.add_argument("--sample-every", type=int, default=None, metavar="STEPS",
                        help="steps between two pictures; 0 for none at all (default: only at the end)")
+    group.add_argument("--sample-cfg-scales", type=float, nargs="+", default=None, metavar="SCALE",
+                       help="a picture for each of these guidance scales (default: --cfg-scale's alone)")
+    group.add_argument("--sample-gif", action=argparse.BooleanOptionalAction, default=False,
+                       help="show in a GIF beside every picture how it comes out of the noise (default: off)")
     group.add_argument("--eval-every", type=int, default=0, metavar="STEPS",
                        help="steps between two losses of the averaged weights on held-out images, a fiftieth"
                        " of the data, at most 1024; 0 holds none out (default: 0)")

@@ -33,7 +33,7 @@ from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
 from experiment import Experiment, Meter, Metrics, memory_gib, peak_flops
-from images import save_grid
+from images import save_gif, save_grid
 from models import DiT, count_macs
 from runtime import (
     EVALUATION,
@@ -165,8 +165,10 @@ def main(args):
 
     def sample(step, averaged):
         sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
-        rows = sample_grid(sampler, experiment.picture_path(step), args.global_seed)
-        logger.info(f"Samples{rows}: {experiment.picture_path(step)}")
+        for scale in args.sample_cfg_scales or [None]:
+            path = experiment.picture_path(step, scale)
+            rows = sample_grid(sampler, path, args.global_seed, scale, args.sample_gif)
+            logger.info(f"Samples{rows}: {path}")
 
     # Train:
     parallel.train()
@@ -389,15 +391,18 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64
     return sum(processes.gather(total)) / n
 
 
-def sample_grid(sampler, path, seed):
-    """Write a PNG of samples, a row a class of at most ten, evenly spread; returns in words what its rows
-    are."""
-    classes = sampler.model.num_classes
+def sample_grid(sampler, path, seed, cfg_scale=None, gif=False):
+    """Write a PNG of samples, a row a class of at most ten, evenly spread, and a GIF of how they came out of
+    the noise; returns in words what its rows are."""
+    classes, options = sampler.model.num_classes, dict(seeds=seed, cfg_scale=cfg_scale, progress=True)
     if classes:
         shown = sorted({round(i * (classes - 1) / 9) for i in range(10)})
-        images = sampler.sample_each_class(10, shown, seeds=seed, progress=True)
+        images = sampler.sample_each_class(10, shown, return_trajectory=gif, **options)
     else:
-        shown, images = [], sampler.sample(40, seeds=seed, progress=True)
+        shown, images = [], sampler.sample(40, return_trajectory=gif, **options)
+    if gif:
+        images, trajectory = images
+        save_gif(trajectory, path.replace(".png", ".gif"), nrow=10)
     save_grid(images, path, nrow=10)
     return f" of classes {', '.join(map(str, shown))} (rows)" if classes else ""
 

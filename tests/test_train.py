@@ -133,8 +133,9 @@ def test_presets():
     for name, options in settings.PRESETS.items():
         assert set(options) <= set(vars(official)), name  # every key is an option
         for key, value in options.items():
+            values = map(str, value) if isinstance(value, list) else [str(value)]
             argv = ["--preset", name] + (
-                [] if isinstance(value, bool) else [f"--{key.replace('_', '-')}", str(value)]
+                [] if isinstance(value, bool) else [f"--{key.replace('_', '-')}", *values]
             )
             assert getattr(parse(argv), key) == value  # and has the type that the option gives
 
