@@ -58,6 +58,8 @@ def main(args):
     """Print and save the metrics of samples against a reference, or save a reference's statistics."""
     # Check the options, and open the images:
     check_options(args)
+    if args.num_workers is None:
+        args.num_workers = min(4, os.cpu_count() or 1)
     metrics = [name for name in METRICS if not args.metrics or name in args.metrics]
     if args.save_stats:
         reference, samples = (
@@ -207,14 +209,15 @@ def find_doubts(numbers, reference, samples, network):
             f"SAMPLES {samples.path}: sorted by class; the Inception Score is the mean over chunks of"
             f" {SCORE_CHUNK:,} in this order, and too low where they hold few classes each; shuffle them"
         )
-    for metric, kind in FRECHET.items():
-        for side in (reference, samples):
-            if metric in numbers and kind in side.wanted and side.images.count <= network.sizes[kind]:
-                doubts.append(
-                    f"{side.flag} {side.path}: {METRICS[metric]} of {side.images.count:,} images is biased"
-                    f" upwards, as there are no more than the {network.sizes[kind]:,} dimensions; compare it"
-                    " at the same number only"
-                )
+    for side in (reference, samples):
+        few = [kind for kind in FRECHET.values()
+               if kind in side.wanted and side.images.count <= network.sizes[kind]]  # fmt: skip
+        if few:
+            doubts.append(
+                f"{side.flag} {side.path}: {side.images.count:,} images are no more than the"
+                f" {network.sizes[few[0]]:,} dimensions of their features, which raises Fréchet distances;"
+                " compare them at the same number of images only"
+            )
     if samples.statistics:
         doubts.append(f"SAMPLES {samples.path}: the statistics stored in it were used, as ADM's suite does")
     if reference.images and reference.images.size != samples.images.size:
@@ -250,7 +253,7 @@ def describe_side(side):
     return dict(
         path=os.path.abspath(side.path),
         bytes=os.path.getsize(side.path) if os.path.isfile(side.path) else None,
-        images=side.images.count if side.images else None,
+        N=side.images.count if side.images else None,
         size=list(side.images.size) if side.images else None,
         dtype="uint8",
         statistics={kind: "stored" if kind in side.statistics else "computed"
@@ -371,8 +374,9 @@ def build_parser():
                         " (default: off)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES",
                         help="images at a time in each process (default: 64)")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N",
-                        help="processes that read folders, for each process (default: 4)")
+    parser.add_argument("--num-workers", type=int, default=None, metavar="N",
+                        help="processes that read a folder, for each process (default: 4, or the number of"
+                        " CPU cores if that is less)")
     add_inception_arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="check options and files, write nothing (default: off)")
