@@ -131,6 +131,8 @@ def reading(path, flag):
         yield
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} {path}: no such file") from error
     except DAMAGED as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(

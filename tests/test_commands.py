@@ -22,11 +22,13 @@ COMMANDS = sorted(
     path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser())" in path.read_text()
 )
 README = (ROOT / "README.md").read_text()
-SCRIPTS = r"\b(train|sample|extract_features)\.py\b"
+SCRIPTS = r"\b(train|sample|extract_features|evaluate)\.py\b"
 
 
 def test_all_commands_are_found():
-    assert {"train", "sample", "extract_features", "checkpoint", "download", "models"} <= set(COMMANDS)
+    assert {"train", "sample", "extract_features", "evaluate", "checkpoint", "download", "models"} <= set(
+        COMMANDS
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -35,6 +37,9 @@ def test_help_says_everything(name):
     parser = module.build_parser()
     for action in parser._actions:
         if action.dest == "help":
+            continue
+        if not action.option_strings:
+            assert action.metavar.isupper() and action.help, f"{name}.py {action.dest}: what is it?"
             continue
         option = action.option_strings[0]
         assert option.startswith("--") and "_" not in option, option
@@ -93,6 +98,15 @@ def write_cache(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def write_evaluated(folder):
+    """Images to evaluate, and statistics to compare them with."""
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(folder / "samples.npz", images)
+    statistics = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    for name in ("VIRTUAL_imagenet256_labeled.npz", "my_reference.npz"):
+        np.savez_compressed(folder / name, images, **statistics)
+
+
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
     """With as many images as a batch, and checkpoints, where the reader would have them."""
@@ -105,6 +119,7 @@ def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if re.fullmatch(SCRIPTS, word))
     write_cache(tmp_path / "features")
+    write_evaluated(tmp_path)
     here = {"/path/to/imagenet/train": "images", "/path/to/images": "images", "/path/to/model.pt": "model.pt"}
     argv = [here.get(word, word) for word in words[script + 1 :]]
     module = importlib.import_module(words[script].removesuffix(".py"))
