@@ -109,9 +109,9 @@ def write_evaluated(folder):
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
-    """With as many images as a batch, and checkpoints, where the reader would have them."""
+    """With images for a batch and to hold out, checkpoints and so on, where the reader would have them."""
     monkeypatch.chdir(tmp_path)
-    for i in range(256):
+    for i in range(300):
         write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", size=(4, 4), seed=i)
     write_checkpoint(tmp_path / "model.pt", **DiT_models["DiT-XL/2"].keywords)
     digits = dict(input_size=8, in_channels=1, hidden_size=64, depth=2, num_heads=4, num_classes=10)
@@ -121,6 +121,8 @@ def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
     write_cache(tmp_path / "features")
     write_evaluated(tmp_path)
     here = {"/path/to/imagenet/train": "images", "/path/to/images": "images", "/path/to/model.pt": "model.pt"}
+    if words[script] == "train.py":  # else it is yet to be written
+        here["reference.npz"] = "my_reference.npz"
     argv = [here.get(word, word) for word in words[script + 1 :]]
     module = importlib.import_module(words[script].removesuffix(".py"))
     before = sorted(tmp_path.rglob("*"))
