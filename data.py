@@ -56,8 +56,8 @@ class FolderImages(Dataset):
         self.image_size = image_size
         if not os.path.isdir(root):
             raise UserError(f"--data-path {root}: no such folder")
-        flat = [entry.path for entry in os.scandir(root) if _is_image(entry)]
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and _is_visible(entry)]
+        flat = [entry.path for entry in os.scandir(root) if is_image(entry)]
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and is_visible(entry)]
         if flat and folders:
             raise UserError(
                 f"--data-path {root}: holds both images and folders; give one folder a class, or images alone"
@@ -78,7 +78,7 @@ class FolderImages(Dataset):
     def __getitem__(self, key):
         index, mirrored = key
         path, label = self.samples[index]
-        with _naming(path), Image.open(path) as image:
+        with naming_file(path), Image.open(path) as image:
             image = center_crop_arr(image.convert("RGB"), self.image_size)
         image = _to_tensor(image)
         return image.flip(-1) if mirrored else image, label
@@ -88,7 +88,7 @@ class FolderImages(Dataset):
         many."""
         for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), CHECKED_FILES)).astype(int)):
             path = self.samples[i][0]
-            with _naming(path), Image.open(path):
+            with naming_file(path), Image.open(path):
                 pass
 
 
@@ -97,21 +97,23 @@ class _VisibleFolders(torchvision.datasets.ImageFolder):
 
     def find_classes(self, directory):
         classes = sorted(
-            entry.name for entry in os.scandir(directory) if entry.is_dir() and _is_visible(entry)
+            entry.name for entry in os.scandir(directory) if entry.is_dir() and is_visible(entry)
         )
         return classes, {name: i for i, name in enumerate(classes)}
 
 
-def _is_visible(entry):
+def is_visible(entry):
+    """Whether a folder's entry, of os.scandir, is not hidden."""
     return not entry.name.startswith(".")
 
 
-def _is_image(entry):
-    return entry.is_file() and _is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
+def is_image(entry):
+    """Whether a folder's entry, of os.scandir, is an image file by its name."""
+    return entry.is_file() and is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
 
 
 @contextlib.contextmanager
-def _naming(path):
+def naming_file(path):
     """Turn what Pillow's decoders raise for a damaged file, which has no common class, into a UserError."""
     try:
         yield

@@ -1,10 +1,13 @@
 """The published weights, by name.
 
-    python download.py          # fetch both published checkpoints into pretrained_models/
+    python download.py                # fetch both published checkpoints into pretrained_models/
+    python download.py --inception    # fetch the Inception network's weights, for evaluate.py
 
-The weights are the original authors', under CC BY-NC 4.0; this repository's own licence does not cover them.
+The checkpoints are the original authors', under CC BY-NC 4.0, the Inception weights under Apache 2.0; this
+repository's own licence covers neither.
 """
 
+import hashlib
 import http.client
 import os
 import re
@@ -17,6 +20,10 @@ from runtime import Parser, UserError, launch
 PRETRAINED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 PRETRAINED_MODELS = {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
 PRETRAINED_FOLDER = "pretrained_models"
+# The network of the published FIDs, converted from TensorFlow by github.com/mseitzer/pytorch-fid:
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def find_model(model_name, weights="ema"):
@@ -54,21 +61,42 @@ def download_pipeline(name):
 
 
 def download_model(name, folder=PRETRAINED_FOLDER, url=None):
-    """Fetch a published checkpoint, unless it is there, and return its path.
+    """Fetch a published checkpoint, unless it is there, and return its path. Raises UserError as _fetch."""
+    # The directory of a zip file stands at its end:
+    return _fetch(url or PRETRAINED_URL + name, folder, name, zipfile.is_zipfile)
+
+
+def download_inception(folder=PRETRAINED_FOLDER, url=None):
+    """Fetch the weights of the Inception network, unless they are there, and return their path.
+
+    Raises UserError as _fetch, also where what is fetched is not the published file, by its checksum. What
+    was there before is for the one who loads it to check."""
+    url = url or INCEPTION_URL + INCEPTION_WEIGHTS
+    return _fetch(url, folder, INCEPTION_WEIGHTS, lambda path: sha256_of(path) == INCEPTION_SHA256)
+
+
+def sha256_of(path):
+    """The checksum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(url, folder, name, is_whole):
+    """Fetch a file into a folder, unless it is there, and return its path.
 
     Any number of processes may call this at once: one fetches, the others wait. The file appears under its
-    name only when complete. Raises UserError where it cannot be fetched."""
+    name only when is_whole(path) says so. Raises UserError where it cannot be fetched."""
     from torch.hub import download_url_to_file
 
-    path, url = os.path.join(folder, name), url or PRETRAINED_URL + name
+    path = os.path.join(folder, name)
     os.makedirs(folder, exist_ok=True)
     with FileLock(path + ".lock"):
         if not os.path.exists(path):
             print(f"Downloading {url} to {path}")
             try:
                 download_url_to_file(url, path + ".part")
-                if not zipfile.is_zipfile(path + ".part"):  # its directory stands at the end
-                    raise OSError("the connection ended early")
+                if not is_whole(path + ".part"):
+                    raise OSError("the connection ended early, or it is another file")
                 os.replace(path + ".part", path)
             except (OSError, http.client.HTTPException) as error:
                 raise UserError(
@@ -79,14 +107,23 @@ def download_model(name, folder=PRETRAINED_FOLDER, url=None):
 
 
 def main(args):
-    """Fetch the published checkpoints into pretrained_models/."""
+    """Fetch the published checkpoints, or the Inception weights, into pretrained_models/."""
+    if args.inception:
+        print(download_inception())
+        return
     for name in sorted(PRETRAINED_MODELS):
         print(download_model(name))
 
 
 def build_parser():
-    """The command-line options: none."""
-    return Parser(description=__doc__)
+    """The command-line options."""
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--inception", action="store_true",
+        help="fetch the Inception network's weights, which evaluate.py needs, in place of the checkpoints"
+        " (default: off)",
+    )  # fmt: skip
+    return parser
 
 
 if __name__ == "__main__":

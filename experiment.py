@@ -4,13 +4,15 @@ results/000-DiT-XL-2/
     args.json       the options
     log.txt         one line every --log-every steps
     metrics.jsonl   the same and more, as data
-    checkpoints/    0050000.pt …
+    checkpoints/    0050000.pt …, and best.pt with --fid-ref
     samples/        0050000.png …
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -28,6 +30,9 @@ EXECUTION = {
     "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every", "ckpt_every", "sample_every",
     "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
 }  # fmt: skip
+
+# The name of the checkpoint that is not numbered, so that retention passes it over:
+BEST = "best.pt"
 
 # Dense matrix products, FLOP/s, of the datasheets, by a part of the device's name and the precision:
 PEAK_FLOPS = {
@@ -73,6 +78,10 @@ class Experiment:
     def checkpoint_path(self, step, folder=False):
         return os.path.join(self.checkpoints, f"{step:07d}" + ("" if folder else ".pt"))
 
+    @property
+    def best_path(self):
+        return os.path.join(self.checkpoints, BEST)
+
     def picture_path(self, step, cfg_scale=None):
         scale = "" if cfg_scale is None else f"-cfg-{cfg_scale}"
         return os.path.join(self.folder, "samples", f"{step:07d}{scale}.png")
@@ -101,6 +110,11 @@ class Experiment:
         """The folder of --resume PATH, a run's or one of its checkpoints', and that checkpoint."""
         named, folder = None, path
         if os.path.basename(os.path.dirname(os.path.abspath(path))) == "checkpoints" and os.path.exists(path):
+            if os.path.basename(path) == BEST:
+                raise UserError(
+                    f"--resume {path}: holds averaged weights alone; give a numbered checkpoint, or give this"
+                    " one to --init-from"
+                )
             named, folder = path, os.path.dirname(os.path.dirname(os.path.abspath(path)))
         if read_settings(folder) is None:
             raise UserError(
@@ -152,6 +166,34 @@ def read_settings(folder):
             return comparable(json.load(file))
     except (OSError, json.JSONDecodeError):
         return None
+
+
+class Best:
+    """checkpoints/best.pt, the averaged weights with the lowest FID so far. Only the main process has one.
+
+    settings: plain data, what two values of FID must share to be compared. One of other settings, or of a
+    step that the run has gone back behind, is set aside.
+    """
+
+    def __init__(self, experiment, settings, start_step):
+        self.path, self.settings, self.value = experiment.best_path, settings, math.inf
+        if os.path.exists(self.path):
+            found = {}
+            with contextlib.suppress(UserError):  # damaged
+                found = checkpoint.load(self.path).contents
+            fid = found.get("fid", {})
+            if found.get("step", math.inf) <= start_step and fid.get("settings") == settings:
+                self.value = fid["value"]
+            else:
+                os.replace(self.path, f"{self.path}.unused")
+
+    def offer(self, value, contents):
+        """Keep these contents of a checkpoint if their FID is the lowest; whether it is."""
+        if value >= self.value:
+            return False
+        checkpoint.save(self.path, dict(contents, fid=dict(value=value, settings=self.settings)))
+        self.value = value
+        return True
 
 
 class Metrics:

@@ -120,6 +120,26 @@ class Processes:
             value /= self.world_size
         return value
 
+    def sum_(self, tensor):
+        """Make a tensor, in place, the sum of all processes'; every process calls it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def join_rows(self, rows):
+        """The rows (N, …) of all processes in order of rank, on the main process; None on the others.
+
+        Every process calls it, with any number of rows, of the same length and type."""
+        if self.world_size == 1:
+            return rows
+        counts = self.gather(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
+        padded[: len(rows)] = rows.to(self.device)
+        parts = [torch.empty_like(padded) for _ in counts] if self.is_main else None
+        dist.gather(padded, parts, dst=0)
+        if self.is_main:
+            return torch.cat([part[:count].to(rows.device) for part, count in zip(parts, counts)])
+
     def gather(self, value):
         """The plain data of every process, in order of rank, on every process."""
         if self.world_size == 1:

@@ -12,6 +12,7 @@ from diffusion import PATHS, create_process
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from experiment import import_wandb
+from inception import add_inception_arguments, read_fid_reference, read_weights
 from models import POS_EMBEDS, DiT, DiT_models, count_macs
 from runtime import Parser, UserError, add_precision_argument, blame
 from sampler import DEFAULTS, STEPS, add_sampling_arguments, check_sampling_options, sampling_options
@@ -84,8 +85,22 @@ def check_options(args):
     check_sampling_options({**dict.fromkeys(DEFAULTS), **options}, process)
     for scale in args.sample_cfg_scales or ():
         _require(args, "sample_cfg_scales", 0 <= scale < float("inf"), "must be 0 or more; 1 is no guidance")
+    _check_fid_options(args)
     if args.wandb:
         import_wandb()
+
+
+def _check_fid_options(args):
+    if args.fid_ref is None:
+        if args.inception_weights or args.any_weights:
+            flag = "--inception-weights" if args.inception_weights else "--any-weights"
+            raise UserError(f"{flag}: only --fid-ref needs the Inception network; give both")
+        return
+    _require(args, "fid_ref", args.eval_every, "--eval-every says how often; give both")
+    _require(args, "fid_samples", args.fid_samples >= 2, "must be at least 2")
+    read_fid_reference(args.fid_ref)
+    if args.inception_weights:
+        read_weights(args.inception_weights, args.any_weights)
 
 
 def check_objective(args):
@@ -139,7 +154,7 @@ def open_autoencoder(args, dataset, device):
     if not args.feature_path:
         return load_autoencoder(args.vae, device, dataset.channels)
     autoencoder = VAE(args.vae, dataset.vae).to(device)
-    if args.sample_every != 0:
+    if args.sample_every != 0 or args.fid_ref:
         _ = autoencoder.model  # to fail now rather than then
     return autoencoder
 
@@ -377,6 +392,12 @@ def build_parser():
     group.add_argument("--eval-every", type=int, default=0, metavar="STEPS",
                        help="steps between two losses of the averaged weights on held-out images, a fiftieth"
                        " of the data, at most 1024; 0 holds none out (default: 0)")
+    group.add_argument("--fid-ref", default=None, metavar="FILE",
+                       help="statistics, of evaluate.py --save-stats or ADM's, that --eval-every compares"
+                       " samples of the averaged weights with; the best are kept (default: none)")
+    group.add_argument("--fid-samples", type=int, default=10_000, metavar="N",
+                       help="samples for --fid-ref, by --num-sampling-steps each (default: 10000)")
+    add_inception_arguments(group)
     group.add_argument("--wandb", action=argparse.BooleanOptionalAction, default=False,
                        help="log to Weights & Biases too (default: off)")
     group.add_argument("--log-every", type=int, default=100, metavar="STEPS",

@@ -37,9 +37,11 @@ def shard(model):
     return fully_shard(model, reshard_after_forward=True)
 
 
-def gather_copy(model, device):
-    """The whole model, plain, on the main process's device, None on the others; every process calls it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def gather_copy(model, device, everywhere=False):
+    """The whole model, plain, on the main process's device, None on the others; every process calls it.
+
+    everywhere: on every process's device."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
     state = get_model_state_dict(model, options=options)
     if not state:  # which only the main process gets
         return None

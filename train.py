@@ -32,8 +32,9 @@ from data import BatchOrder, Guarded, hold_out, read_batches
 from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
-from experiment import Experiment, Meter, Metrics, memory_gib, peak_flops
+from experiment import Best, Experiment, Meter, Metrics, memory_gib, peak_flops
 from images import save_gif, save_grid
+from inception import SampleFID
 from models import DiT, count_macs
 from runtime import (
     EVALUATION,
@@ -99,6 +100,13 @@ def main(args):
     autoencoder = open_autoencoder(args, dataset, device)
     initial = checkpoint.load(find_file(args.init_from), "--init-from") if args.init_from else None
 
+    fid = None
+    if args.fid_ref:
+        fid = SampleFID(
+            args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
+            processes=processes,
+        )  # fmt: skip
+
     # Find the run to continue, or make a folder:
     experiment = None
 
@@ -139,16 +147,17 @@ def main(args):
         f"Training for {total:,} steps of {args.global_batch_size} images on {world_size} x {device.type}"
     )
 
+    config = dict(
+        model=model.config, process=process.config, autoencoder=autoencoder.config,
+        data=dict(dataset=source(args), image_size=args.image_size, classes=dataset.classes),
+        sampling=sampling_defaults(args),
+    )  # fmt: skip
+
     def save(step):
         watch.check(processes, path)
         plain = dict(
             args=vars(args), step=step, timestep_sampler=timestep_sampler.state_dict(),
-            meter=processes.gather(meter.state_dict()),
-            config=dict(
-                model=model.config, process=process.config, autoencoder=autoencoder.config,
-                data=dict(dataset=source(args), image_size=args.image_size, classes=dataset.classes),
-                sampling=sampling_defaults(args),
-            ),
+            meter=processes.gather(meter.state_dict()), config=config,
         )  # fmt: skip
         if args.shard:
             groups = optimizer.state_dict()["param_groups"]
@@ -170,11 +179,20 @@ def main(args):
             rows = sample_grid(sampler, path, args.global_seed, scale, args.sample_gif)
             logger.info(f"Samples{rows}: {path}")
 
+    def compute_fid(step):
+        averaged = sharding.gather_copy(ema, device, everywhere=True) if args.shard else ema
+        value = fid(Sampler(averaged, process, autoencoder, device, sampling_defaults(args)))
+        contents = dict(ema=averaged.state_dict(), args=vars(args), step=step, config=config)
+        kept = processes.on_main(lambda: best.offer(value, contents))
+        logger.info(f"(step={step:07d}) {fid.name}: {value:.4f}" + (", the best so far" if kept else ""))
+        return {fid.name: value}
+
     # Train:
     parallel.train()
-    metrics = None
+    metrics = best = None
     if processes.is_main:
         metrics = Metrics(folder, start_step=start, use_wandb=args.wandb, settings=vars(args))
+        best = Best(experiment, fid.settings, start) if fid else None
     order = BatchOrder(
         training_set, args.global_batch_size, rank=processes.rank, world_size=world_size,
         seed=args.global_seed, start_step=start, stop_step=total,
@@ -216,9 +234,10 @@ def main(args):
                     report(means, norm, step, total, share, args, device, metrics, logger, bar)
             if args.eval_every and step % args.eval_every == 0:
                 loss = evaluate(process, ema, autoencoder, held_out, args, processes)
+                logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
+                fids = compute_fid(step) if fid else {}
                 if processes.is_main:
-                    metrics.write(step, eval_loss=loss)
-                    logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
+                    metrics.write(step, eval_loss=loss, **fids)
             if step % args.ckpt_every == 0 and step < total:
                 path, saved = save(step), step
             if args.sample_every and step % args.sample_every == 0 and step < total:

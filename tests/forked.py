@@ -10,8 +10,10 @@ import time
 
 from conftest import ROOT
 
+INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train", "extract_features", "diffusers"])
+_context.set_forkserver_preload(["train", "extract_features", "evaluate", "diffusers", INCEPTION])
 
 
 def start(argv, output, environment=None, before=None, command="train"):

@@ -22,11 +22,13 @@ COMMANDS = sorted(
     path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser())" in path.read_text()
 )
 README = (ROOT / "README.md").read_text()
-SCRIPTS = r"\b(train|sample|sample_ddp|extract_features)\.py\b"
+SCRIPTS = r"\b(train|sample|sample_ddp|extract_features|evaluate)\.py\b"
 
 
 def test_all_commands_are_found():
-    assert {"train", "sample", "extract_features", "checkpoint", "download", "models"} <= set(COMMANDS)
+    assert {"train", "sample", "extract_features", "evaluate", "checkpoint", "download", "models"} <= set(
+        COMMANDS
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -99,11 +101,20 @@ def write_cache(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def write_evaluated(folder):
+    """Images to evaluate, and statistics to compare them with."""
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(folder / "samples.npz", images)
+    statistics = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    for name in ("VIRTUAL_imagenet256_labeled.npz", "my_reference.npz"):
+        np.savez_compressed(folder / name, images, **statistics)
+
+
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
-    """With as many images as a batch, and checkpoints, where the reader would have them."""
+    """With images for a batch and to hold out, checkpoints and so on, where the reader would have them."""
     monkeypatch.chdir(tmp_path)
-    for i in range(256):
+    for i in range(300):
         write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", size=(4, 4), seed=i)
     write_checkpoint(tmp_path / "model.pt", **DiT_models["DiT-XL/2"].keywords)
     digits = dict(input_size=8, in_channels=1, hidden_size=64, depth=2, num_heads=4, num_classes=10)
@@ -111,7 +122,10 @@ def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if re.fullmatch(SCRIPTS, word))
     write_cache(tmp_path / "features")
+    write_evaluated(tmp_path)
     here = {"/path/to/imagenet/train": "images", "/path/to/images": "images", "/path/to/model.pt": "model.pt"}
+    if words[script] == "train.py":  # else it is yet to be written
+        here["reference.npz"] = "my_reference.npz"
     argv = [here.get(word, word) for word in words[script + 1 :]]
     module = importlib.import_module(words[script].removesuffix(".py"))
     before = sorted(tmp_path.rglob("*"))

@@ -1,5 +1,6 @@
 """download.py, against a folder in place of the network."""
 
+import hashlib
 import threading
 
 import pytest
@@ -46,6 +47,21 @@ def test_many_download_once(weights, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(fetched) == 1
+
+
+def test_inception_weights(weights, monkeypatch):
+    """The published file, told by its checksum; anything else in its place is refused and not kept."""
+    path = weights / "pretrained_models" / download.INCEPTION_WEIGHTS
+    source = weights / "web" / download.INCEPTION_WEIGHTS
+    source.write_bytes(b"another file")
+    monkeypatch.setattr(download, "INCEPTION_URL", (weights / "web").as_uri() + "/")
+    with pytest.raises(UserError, match=r"6726825d\.pth: could not be downloaded .*, or it is another file"):
+        download.download_inception()
+    assert not path.exists()
+    monkeypatch.setattr(download, "INCEPTION_SHA256", hashlib.sha256(b"another file").hexdigest())
+    assert download.download_inception() == str(path.relative_to(weights))
+    source.unlink()
+    assert download.download_inception() and path.read_bytes() == b"another file"
 
 
 def refusal(call, *args):

@@ -1,0 +1,256 @@
+"""The Inception network of ADM's evaluation, its weights, and the features of many images.
+
+The network is torch-fidelity's, which has TensorFlow 1's resizing. Its published weights are known by their
+checksum; numbers computed with any others can be compared with one another only.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from download import INCEPTION_SHA256, INCEPTION_WEIGHTS, PRETRAINED_FOLDER, download_inception
+from image_files import names_in, read_arrays
+from metrics import Moments, frechet_distance, full_precision
+from runtime import UserError
+
+# What an .npz in ADM's format calls the mean and covariance of the two kinds of features:
+STATISTICS = dict(pooled=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
+
+
+class Inception:
+    """The network, in float32: images to features, and features to logits.
+
+    sha256        of the file that its weights are from
+    is_published  whether they are the weights of published numbers
+    """
+
+    sizes = dict(pooled=2048, spatial=7 * 17 * 17)  # of an image's features, for FID and for sFID
+
+    def __init__(self, state, sha256, device):
+        # Imported here, since it takes seconds and most commands need none of it:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        # The network reads its weights from a file by itself, as one that may execute code; so it is given
+        # the tensors that were found in it, written anew:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        self.network = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=file
+        ).to(device)
+        self.sha256, self.is_published = sha256, sha256 == INCEPTION_SHA256
+        self.device = torch.device(device)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module, inputs, output):
+        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 17 · 17 · 7), as ADM has them
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """Features of images (N, 3, H, W), uint8: pooled (N, 2048) and spatial (N, 2023)."""
+        with full_precision():
+            (pooled,) = self.network(images.to(self.device))
+        return pooled, self.spatial
+
+    @torch.no_grad()
+    def logits(self, pooled):
+        """Of the 1,008 classes, without the biases, which ADM leaves out: (N, 2048) to (N, 1008)."""
+        with full_precision():
+            return pooled.to(self.device) @ self.network.fc.weight.T
+
+
+def load_inception(path, device, any_weights=False):
+    """The Inception network with the weights of a file; None for the published file, fetched where need be.
+
+    Raises UserError for a file that is not the published one, unless any_weights, and one that does not fit.
+    """
+    path = path or download_inception()
+    data = read_weights(path, any_weights)
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return Inception(state, sha256, device)
+    except Exception as error:  # what a file of anything else raises has no common class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[:2][-1].strip()[:100]
+        raise UserError(
+            f"--inception-weights {path}: not weights of this network, the 472 tensors of"
+            f" {INCEPTION_WEIGHTS} ({reason})"
+        ) from error
+
+
+def read_weights(path, any_weights=False):
+    """The bytes of a file of weights; UserError where they are not the published ones, unless any_weights."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"--inception-weights {path}: cannot be read ({error.strerror})") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if not any_weights and sha256 != INCEPTION_SHA256:
+        raise UserError(
+            f"--inception-weights {path}: its sha256 is {sha256[:16]}…, the published weights' is"
+            f" {INCEPTION_SHA256[:16]}…; give {INCEPTION_WEIGHTS}, or add --any-weights for numbers that"
+            " compare with no published ones"
+        )
+    return data
+
+
+def add_inception_arguments(parser):
+    """--inception-weights and --any-weights, the same in every command."""
+    parser.add_argument(
+        "--inception-weights", default=None, metavar="FILE",
+        help=f"weights of the Inception network (default: {PRETRAINED_FOLDER}/{INCEPTION_WEIGHTS},"
+        " downloaded where it is not there)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--any-weights", action="store_true",
+        help="take weights that are not the published ones, for numbers that compare only with one another"
+        " (default: off)",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Features of many images
+
+
+@dataclass
+class Features:
+    """Of all images: features themselves and their moments, each None where not asked for.
+
+    rows     pooled (N, 2048), float32, in order; on the main process only
+    pooled   Moments of the pooled features
+    spatial  Moments of the spatial ones
+    """
+
+    rows: torch.Tensor | None = None
+    pooled: Moments | None = None
+    spatial: Moments | None = None
+
+
+def share_of(count, batch_size, processes):
+    """This process's part, (start, stop), of count images in order: whole batches, but for the last."""
+    batches = -(-count // batch_size)
+    bounds = [min(count, batches * rank // processes.world_size * batch_size)
+              for rank in (processes.rank, processes.rank + 1)]  # fmt: skip
+    return tuple(bounds)
+
+
+def compute_features(batches, share, network, processes, wanted, desc):
+    """The Features that wanted names, of the images that all processes' batches hold.
+
+    batches  this process's, uint8 (n, 3, H, W), in order
+    share    (start, stop) of them among all
+    Raises the UserError of any process's batches on all of them.
+    """
+    start, stop = share
+    moments = {
+        kind: Moments(size, processes.device) for kind, size in network.sizes.items() if kind in wanted
+    }
+    rows = torch.empty(stop - start, network.sizes["pooled"]) if "rows" in wanted else None
+    mistake, filled = None, 0
+    try:
+        with tqdm(total=stop - start, desc=desc, unit="image", disable=not processes.is_main) as bar:
+            for images in batches:
+                features = dict(zip(("pooled", "spatial"), network(images)))
+                for kind in moments:
+                    moments[kind].add(features[kind])
+                if rows is not None:
+                    rows[filled : filled + len(images)] = features["pooled"]
+                filled += len(images)
+                bar.update(len(images))
+    except UserError as error:
+        mistake = str(error)
+    mistakes = processes.gather(mistake)  # so that no process waits for one that has stopped
+    for mistake in filter(None, mistakes):
+        raise UserError(mistake)
+    for kind in moments:
+        moments[kind].merge(processes)
+    return Features(processes.join_rows(rows) if rows is not None else None, **moments)
+
+
+def read_statistics(path, kind, sizes, flag):
+    """The mean (D,) and covariance (D, D) of "pooled" or "spatial" features in an .npz, None where it has
+    none.
+
+    sizes: D by kind, as a network's. Raises UserError for other shapes, and values that are not finite.
+    """
+    names = STATISTICS[kind]
+    if not set(names) <= names_in(path, flag):
+        return None
+    arrays = read_arrays(path, names, flag)
+    for name, shape in zip(names, ((sizes[kind],), (sizes[kind],) * 2)):
+        if arrays[name].shape != shape:
+            raise UserError(f"{flag} {path}: {name} has the shape {arrays[name].shape}, expected {shape}")
+        if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
+            raise UserError(f"{flag} {path}: {name} has values that are not finite numbers")
+    return tuple(arrays[name] for name in names)
+
+
+def check_same_weights(path, sha256, flag):
+    """Raise UserError where an .npz says that its statistics were made with other weights; ADM's do not
+    say."""
+    if "inception_sha256" in names_in(path, flag):
+        made_with = str(read_arrays(path, ["inception_sha256"], flag)["inception_sha256"])
+        if made_with != sha256:
+            raise UserError(
+                f"{flag} {path}: its statistics were made with other Inception weights, of sha256"
+                f" {made_with[:16]}… rather than {sha256[:16]}…; give those, or make the file again"
+            )
+
+
+def read_fid_reference(path):
+    """The mean and covariance of --fid-ref; UserError where the file has none."""
+    statistics = read_statistics(path, "pooled", Inception.sizes, "--fid-ref")
+    if statistics is None:
+        raise UserError(
+            f"--fid-ref {path}: no statistics in it (mu, sigma); make one with evaluate.py --save-stats"
+        )
+    return statistics
+
+
+def name_of_count(count):
+    """10000 as 10K; 1234 as 1234."""
+    return f"{count // 1000}K" if count and count % 1000 == 0 else str(count)
+
+
+class SampleFID:
+    """FID of a model's samples against statistics, while it trains; every process takes a share of them.
+
+    reference   .npz with mu and sigma, ADM's or of evaluate.py --save-stats
+    count       samples; they have the seeds 0 … count - 1, and random labels
+    weights     file of the Inception network's, None for the published one
+    Raises UserError for a reference or weights that cannot be used.
+    """
+
+    def __init__(self, reference, count, *, weights=None, any_weights=False, processes, batch_size=64):
+        self.network = load_inception(weights, processes.device, any_weights)
+        check_same_weights(reference, self.network.sha256, "--fid-ref")
+        self.reference = read_fid_reference(reference)
+        self.count, self.batch_size, self.processes = count, batch_size, processes
+        self.name = f"FID-{name_of_count(count)}"  # never 50K of fewer samples
+        # What two values must have in common to be compared:
+        self.settings = dict(reference=reference, count=count, inception_sha256=self.network.sha256)
+
+    def __call__(self, sampler):
+        """The FID of a Sampler's images; every process calls it with the same weights and gets it."""
+        share = share_of(self.count, self.batch_size, self.processes)
+        batches = self._sample(sampler, *share)
+        found = compute_features(batches, share, self.network, self.processes, {"pooled"}, self.name)
+        return self.processes.on_main(
+            lambda: frechet_distance(*self.reference, found.pooled.mean, found.pooled.covariance)
+        )
+
+    def _sample(self, sampler, start, stop):
+        for first in range(start, stop, self.batch_size):
+            count = min(self.batch_size, stop - first)
+            images = sampler.sample(count, seeds=first, batch_size=count)
+            yield to_bytes(images)
+
+
+def to_bytes(images):
+    """Images (N, C, H, W) in [0, 1] as uint8 (N, 3, H, W); grey ones in three equal colours."""
+    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
