@@ -17,6 +17,7 @@ The numbers are printed as ADM's suite prints them, and written with every setti
 From Python: frechet_distance, inception_score and precision_recall take arrays or tensors.
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -176,7 +177,7 @@ def compute_side(side, network, args, processes):
 # Numbers
 
 
-def compare(metrics, reference, samples, network, half=False):
+def compare(metrics, reference, samples, network, half=True):
     """The metrics asked for by name, in ADM's order, of sides whose features are computed."""
     numbers = {}
     for metric in metrics:
@@ -369,9 +370,9 @@ def build_parser():
     parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
                         help="side of the square that the images of REF, a folder, are cropped to"
                         " (default: as they are)")
-    parser.add_argument("--half-distances", action="store_true",
-                        help="round the distances of precision and recall to float16, as ADM's suite does"
-                        " (default: off)")
+    parser.add_argument("--half-distances", action=argparse.BooleanOptionalAction, default=True,
+                        help="round the distances of precision and recall to float16, as ADM does; off"
+                        " for the definition, in float32 (default: on)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES",
                         help="images at a time in each process (default: 64)")
     parser.add_argument("--num-workers", type=int, default=None, metavar="N",

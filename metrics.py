@@ -120,7 +120,7 @@ def precision_recall(
     sample_features,
     k=NEIGHBOUR,
     *,
-    half=False,
+    half=True,
     device=None,
     block=4096,
     progress=False,
@@ -131,7 +131,8 @@ def precision_recall(
     in any ball of the reference, recall the share of the reference in any ball of the samples.
 
     reference_features, sample_features   (N, D) and (M, D)
-    half       round as ADM's suite does, which computes distances in float16 and so counts ties that are none
+    half       round as ADM's suite does, which computes distances in float16 and so counts ties that are
+               none: what published numbers have; False for the definition, in float32
     device     where to compute; None for the CPU
     block      rows of a square block of distances, all that is held of them at a time
     progress   show a bar
