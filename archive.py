@@ -14,6 +14,7 @@ import zipfile
 import zlib
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from runtime import UserError
@@ -49,8 +50,15 @@ class SampleArchive:
         """Make room for all samples, or take up what an earlier run left; called by one process alone.
 
         Returns ({batch: its labels} of those that are there and intact, whether the .npz is whole).
-        Raises UserError where the disk has not enough room.
+        Raises UserError where another run is at it, or the disk has not enough room.
         """
+        self.lock = FileLock(os.path.join(self.folder, ".lock"))  # for as long as this object lives
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.folder}: another run is writing there; wait for it, or give another --sample-dir"
+            ) from None
         size = self.offset + self.shape[0] * self.image_bytes
         whole = os.path.exists(self.path) and zipfile.is_zipfile(self.path)
         if os.path.exists(self.path) and not whole:  # cut short by something else

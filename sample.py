@@ -24,6 +24,7 @@ from sampler import (
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
+    check_published_draws,
     check_sampling_options,
     sampling_options,
 )
@@ -58,7 +59,10 @@ def main(args):
     count = labels if isinstance(labels, int) else len(labels)
     if len(args.seed) not in (1, count):
         raise UserError(f"--seed: {len(args.seed)} seeds for {count} samples; give as many, or the first one")
-    plan.check(**options)
+    seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + count)
+    settled = plan.check(**options)
+    if args.published_draws:
+        check_published_draws(seeds, settled)
     if args.dry_run:
         print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
         return
@@ -71,7 +75,6 @@ def main(args):
     sampler = plan.build(processes.device, precision, args.compile)
 
     # Sample:
-    seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + count)
     images = sampler.sample(
         labels, seeds=seeds, published_draws=args.published_draws, return_trajectory=args.gif,
         progress=True, **options,

@@ -145,7 +145,7 @@ class Sampler:
             cfg_schedule=cfg_schedule, steps=steps, sampler=sampler,
         )  # fmt: skip
         if published_draws:
-            self._check_published(seeds, options)
+            check_published_draws(seeds, options)
             batch_size = count
         total = self.process.count_steps(options["sampler"], options["steps"])
         shown = {round(i * total / FRAMES) for i in range(1, FRAMES + 1)} if return_trajectory else ()
@@ -256,14 +256,6 @@ class Sampler:
         if len(seeds) != count:
             raise UserError(f"--seed: {len(seeds)} seeds for {count} samples; give as many, or the first one")
         return count, labels, seeds
-
-    def _check_published(self, seeds, options):
-        if not isinstance(seeds, range):
-            raise UserError("--published-draws: takes one seed for all samples")
-        if options["sampler"] != "ddpm":
-            raise UserError(
-                f"--published-draws: the published script samples by ddpm, not {options['sampler']}"
-            )
 
 
 class Plan:
@@ -380,6 +372,14 @@ def settle_options(model_config, process, defaults, *, labels=None, has_guide=Fa
         raise UserError(f"--cfg-channels {options['cfg_channels']}: must be between 1 and {channels}, or all")
     check_sampling_options(options, process)
     return options
+
+
+def check_published_draws(seeds, options):
+    """Raise UserError where the published script, with its one seed, could not have drawn so."""
+    if not isinstance(seeds, range):
+        raise UserError("--published-draws: takes one seed for all samples")
+    if options["sampler"] != "ddpm":
+        raise UserError(f"--published-draws: the published script samples by ddpm, not {options['sampler']}")
 
 
 def make_guidance(options, model_config, guide=None):

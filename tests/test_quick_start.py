@@ -1,5 +1,6 @@
 """The README's first command as a whole: time, legibility to a classifier, no copying. Slow."""
 
+import os
 import subprocess
 import sys
 import time
@@ -79,6 +80,7 @@ def test_quick_start(tmp_path, digits, judge, seed):
 def test_samplers_and_guidance(tmp_path, judge):
     """The README's table: what steps, guidance and its interval do to legibility and time."""
     sampler = Sampler.from_checkpoint(train(tmp_path, 0)[2], device="cpu")
+    torch.set_num_threads(os.cpu_count())
     sampler.sample(500, batch_size=500, steps=2)  # warm up
     accuracy = {}
     print("\n| sampler | guidance | interval | read as asked | seconds for 500 |\n|---|---:|---|---:|---:|")

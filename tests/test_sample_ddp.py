@@ -216,7 +216,7 @@ def test_no_room(tmp_path, monkeypatch):
     store = SampleArchive(str(tmp_path / "a.npz"), str(tmp_path), (50_000, 256, 256, 3), 32)
     with pytest.raises(ValueError, match=r"a.npz: needs 9.8 GB and 0.0 GB are free; make room"):
         store.begin()
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.npz*"))
 
 
 def sample_random_images():
@@ -344,6 +344,15 @@ def test_folders_of_other_settings_have_other_names(ckpt, tmp_path, monkeypatch,
     assert len(set(lines)) == 7 and not (tmp_path / "samples").exists()
     name = "DiT-2x64p2-run-size-8-vae-none-cfg-2.0-steps-8-sampler-ddpm-seed-0-labels-random"
     assert name in lines[0]
+
+
+def test_two_runs_in_one_folder(ckpt, tmp_path, monkeypatch, capsys):
+    first = forked.start(argv(ckpt, tmp_path), tmp_path / "out", before=slowly, command="sample_ddp")
+    while not notes(tmp_path):
+        time.sleep(0.01)
+    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path))
+    assert message.endswith("another run is writing there; wait for it, or give another --sample-dir")
+    assert forked.finish(first) == [0]
 
 
 def test_unwritable_folder(ckpt, tmp_path, monkeypatch, capsys):

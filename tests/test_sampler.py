@@ -311,6 +311,10 @@ def test_labels_by_default(ckpt, monkeypatch, capsys):
             ["--ckpt", "run.pt", "--class-labels", "1", "2", "--seed", "1", "2", "3"],
             "--seed: 3 seeds for 2 samples; give as many, or the first one",
         ),
+        (
+            ["--ckpt", "run.pt", "--published-draws"],
+            "--published-draws: the published script samples by ddpm",
+        ),
         (["--ckpt", "run.pt", "--num-samples", "0"], "--num-samples 0: must be at least 1"),
         (["--ckpt", "run.pt", "--cfg-interval", "2", "1"], "--cfg-interval: interval 2.0 1.0: must be"),
         (["--ckpt", "run.pt", "--out", "run.pt/a"], "--out run.pt/a: cannot be written to (Not a directory)"),
