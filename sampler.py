@@ -52,7 +52,10 @@ class SampleNoise:
 
     def randn_like(self, x):
         """Noise of the shape, device and type of x (N, …)."""
-        return self.randn(x.shape[1:]).to(x.device, x.dtype)
+        noise = self.randn(x.shape[1:])
+        if x.is_cuda:  # from there it is copied without waiting for the GPU
+            noise = noise.pin_memory()
+        return noise.to(x.device, x.dtype, non_blocking=True)
 
 
 class PublishedNoise:
