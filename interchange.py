@@ -182,6 +182,11 @@ def check_exportable(model_config, process_config, vae):
         "unconditional models": not model_config["num_classes"],
         "models trained without label dropout": model_config["class_dropout_prob"] == 0,
         "models of another mlp_ratio than 4": model_config["mlp_ratio"] != 4,
+        f"{model_config['block']} blocks": model_config["block"] != "adaln-zero",
+        f"{model_config['ffn']} FFN": model_config["ffn"] != "mlp",
+        "learned position embedding": model_config["pos_embed"] != "sincos",
+        "registers": model_config["registers"] > 0,
+        "QK-norm": model_config["qk_norm"],
         "this noise schedule": process_config.get("noise_schedule", "linear") not in SCHEDULES,
         "this objective": process_config.get("objective", "diffusion") != "diffusion",
     }

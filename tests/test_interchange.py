@@ -154,6 +154,11 @@ def test_other_configs_are_refused(ckpt, tmp_path, monkeypatch):
         (dict(num_classes=0), None, "no unconditional models"),
         (dict(class_dropout_prob=0.0), None, "no models trained without label dropout"),
         (dict(mlp_ratio=2.0), None, "no models of another mlp_ratio"),
+        (dict(block="in-context"), None, "no in-context blocks"),
+        (dict(ffn="conv"), None, "no conv FFN"),
+        (dict(pos_embed="learned"), None, "no learned position embedding"),
+        (dict(registers=2), None, "no registers"),
+        (dict(qk_norm=True), None, "no QK-norm"),
     ],
 )
 def test_models_that_no_pipeline_holds(tmp_path, monkeypatch, capsys, options, vae, message):
