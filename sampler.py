@@ -481,6 +481,8 @@ def add_speed_arguments(group):
 
 
 def _channels(text):
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, or all")
     return text if text == "all" else int(text)
 
 

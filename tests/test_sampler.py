@@ -315,6 +315,7 @@ def test_labels_by_default(ckpt, monkeypatch, capsys):
             ["--ckpt", "run.pt", "--published-draws"],
             "--published-draws: the published script samples by ddpm",
         ),
+        (["--ckpt", "run.pt", "--cfg-channels", "1.5"], "--cfg-channels: '1.5': give a whole number, or all"),
         (["--ckpt", "run.pt", "--num-samples", "0"], "--num-samples 0: must be at least 1"),
         (["--ckpt", "run.pt", "--cfg-interval", "2", "1"], "--cfg-interval: interval 2.0 1.0: must be"),
         (["--ckpt", "run.pt", "--out", "run.pt/a"], "--out run.pt/a: cannot be written to (Not a directory)"),
