@@ -13,19 +13,19 @@ From the published weights, fetched on first use; classes by name, few steps, an
 import os
 from itertools import cycle, islice
 
-from autoencoder import add_vae_argument
 from download import PRETRAINED_MODELS
 from images import make_folder, save_gif, save_grid, save_image, to_uint8
 from labels import class_names, resolve_labels
-from models import DiT_models
 from runtime import Parser, UserError, launch, set_precision, start_processes
 from sampler import (
     Plan,
+    add_checkpoint_arguments,
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
     check_published_draws,
     check_sampling_options,
+    published_checkpoint,
     sampling_options,
 )
 
@@ -106,19 +106,6 @@ def choose_labels(args, num_classes, classes=None):
     return list(islice(cycle(labels), args.num_samples)) if num_classes else args.num_samples
 
 
-def published_checkpoint(args):
-    """The name of the published weights for these options; UserError where none exist."""
-    if args.model not in (None, "DiT-XL/2"):
-        raise UserError(f"--model {args.model}: only DiT-XL/2 is published; give --ckpt")
-    image_size = 256 if args.image_size is None else args.image_size
-    name = f"DiT-XL-2-{image_size}x{image_size}.pt"
-    if name not in PRETRAINED_MODELS:
-        raise UserError(f"--image-size {image_size}: published weights are for 256 and 512; give --ckpt")
-    if args.num_classes not in (None, 1000):
-        raise UserError(f"--num-classes {args.num_classes}: the published weights have 1000; give --ckpt")
-    return name
-
-
 def default_labels(num_classes):
     """What is drawn without --class-labels: the published eight for ImageNet, else the first eight
     classes."""
@@ -131,19 +118,7 @@ def build_parser():
     """The command-line options."""
     # fmt: off
     parser = Parser(description=__doc__)
-    parser.add_argument("--ckpt", default=None, metavar="FILE",
-                        help="checkpoint: of train.py, or weights as .pt or .safetensors"
-                        " (default: the published DiT-XL/2 of --image-size)")
-    parser.add_argument("--model", choices=list(DiT_models), default=None,
-                        help="what the checkpoint must hold (default: what it holds)")
-    parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
-                        help="side of the images, which the checkpoint must be for"
-                        " (default: the checkpoint's, or 256 for published weights)")
-    parser.add_argument("--num-classes", type=int, default=None, metavar="N",
-                        help="classes, which the checkpoint must have (default: the checkpoint's)")
-    add_vae_argument(parser, default=None)
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
-                        help="averaged weights, or those of the last step (default: ema)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--class-labels", nargs="+", default=None, metavar="LABEL",
                         help="classes to draw, one image each: numbers, or names of the data's or ImageNet's"
                         " classes, as \"golden retriever\""

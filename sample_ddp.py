@@ -20,18 +20,18 @@ from tqdm.auto import tqdm
 
 import checkpoint
 from archive import SampleArchive
-from autoencoder import PUBLISHED_VAES, add_vae_argument
+from autoencoder import PUBLISHED_VAES
 from download import PRETRAINED_MODELS
 from images import make_folder, save_image, to_uint8
-from models import DiT_models
 from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
-from sample import published_checkpoint
 from sampler import (
     Plan,
+    add_checkpoint_arguments,
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
     check_sampling_options,
+    published_checkpoint,
     sampling_options,
 )
 
@@ -213,19 +213,7 @@ def build_parser():
     """The command-line options."""
     # fmt: off
     parser = Parser(description=__doc__)
-    parser.add_argument("--ckpt", default=None, metavar="FILE",
-                        help="checkpoint: of train.py, weights as .pt or .safetensors, or a diffusers folder"
-                        " (default: the published DiT-XL/2 of --image-size)")
-    parser.add_argument("--model", choices=list(DiT_models), default=None,
-                        help="what the checkpoint must hold (default: what it holds)")
-    parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
-                        help="side of the images, which the checkpoint must be for"
-                        " (default: the checkpoint's, or 256 for published weights)")
-    parser.add_argument("--num-classes", type=int, default=None, metavar="N",
-                        help="classes, which the checkpoint must have (default: the checkpoint's)")
-    add_vae_argument(parser, default=None)
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
-                        help="averaged weights, or those of the last step (default: ema)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N",
                         help="images (default: 50000)")
     parser.add_argument("--labels", choices=("random", "balanced"), default="random",

@@ -17,11 +17,11 @@ import torch
 from tqdm.auto import tqdm
 
 import checkpoint
-from autoencoder import Pixels, describe_vae, load_autoencoder
+from autoencoder import Pixels, add_vae_argument, describe_vae, load_autoencoder
 from diffusion import SAMPLERS, SCHEDULES, Guidance, create_diffusion, create_process
-from download import find_file
+from download import PRETRAINED_MODELS, find_file
 from images import to_unit
-from models import DiT, null_label
+from models import DiT, DiT_models, null_label
 from runtime import UserError, add_precision_argument, blame
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
@@ -434,6 +434,38 @@ def check_sampling_options(options, process=None):
 
 # ---------------------------------------------------------------------------------------------
 # The options of sampling, the same in every command
+
+
+def add_checkpoint_arguments(parser):
+    """--ckpt, what it must hold, --vae and --weights."""
+    # fmt: off
+    parser.add_argument("--ckpt", default=None, metavar="FILE",
+                        help="checkpoint: of train.py, weights as .pt or .safetensors, or a diffusers folder"
+                        " (default: the published DiT-XL/2 of --image-size)")
+    parser.add_argument("--model", choices=list(DiT_models), default=None,
+                        help="what the checkpoint must hold (default: what it holds)")
+    parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
+                        help="side of the images, which the checkpoint must be for"
+                        " (default: the checkpoint's, or 256 for published weights)")
+    parser.add_argument("--num-classes", type=int, default=None, metavar="N",
+                        help="classes, which the checkpoint must have (default: the checkpoint's)")
+    add_vae_argument(parser, default=None)
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
+                        help="averaged weights, or those of the last step (default: ema)")
+    # fmt: on
+
+
+def published_checkpoint(args):
+    """The name of the published weights for these options; UserError where none exist."""
+    if args.model not in (None, "DiT-XL/2"):
+        raise UserError(f"--model {args.model}: only DiT-XL/2 is published; give --ckpt")
+    image_size = 256 if args.image_size is None else args.image_size
+    name = f"DiT-XL-2-{image_size}x{image_size}.pt"
+    if name not in PRETRAINED_MODELS:
+        raise UserError(f"--image-size {image_size}: published weights are for 256 and 512; give --ckpt")
+    if args.num_classes not in (None, 1000):
+        raise UserError(f"--num-classes {args.num_classes}: the published weights have 1000; give --ckpt")
+    return name
 
 
 def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):
