@@ -424,6 +424,7 @@ def check_sampling_options(options, process=None):
         Guidance(1.0, 0, schedule=options["cfg_schedule"] or "constant")
     if process is None:
         process = create_diffusion(None)
+        sampler = sampler or process.sampling["sampler"]
         if sampler not in process.samplers:
             return  # another process's; it will say
     if sampler not in process.samplers:
