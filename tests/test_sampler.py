@@ -303,6 +303,7 @@ def test_labels_by_default(ckpt, monkeypatch, capsys):
         (["--ckpt", "nowhere.pt"], "--ckpt nowhere.pt: no such file"),
         (["--ckpt", "run.pt", "--class-labels", "otter"], "--class-labels 'otter': no such class"),
         (["--class-labels", "goldn retriever"], 'did you mean "golden retriever" or'),
+        (["--num-sampling-steps", "0"], "--num-sampling-steps 0: '0' steps: there must be at least 1"),
         (
             ["--class-labels", "crane"],
             "--class-labels 'crane': 2 classes are called that; give one of 134, 517",
