@@ -125,16 +125,8 @@ def main(args):
     if initial is not None:
         logger.info(checkpoint.initialize(model, initial))
     model = model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    parallel = prepare(model, ema, args, processes)
-    network = autocast(parallel, device, args.precision)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-    timestep_sampler, meter = create_named_schedule_sampler(args.timestep_sampler, process), Meter()
+    trainer, meter = Trainer(args, model, process, autoencoder, processes), Meter()
+    ema, optimizer, timestep_sampler = trainer.ema, trainer.optimizer, trainer.timestep_sampler
     start = 0
     if resume_path:
         start = restore(resume_path, args, model, ema, optimizer, timestep_sampler, meter, processes)
@@ -188,7 +180,6 @@ def main(args):
         return {fid.name: value}
 
     # Train:
-    parallel.train()
     metrics = best = None
     if processes.is_main:
         metrics = Metrics(folder, start_step=start, use_wandb=args.wandb, settings=vars(args))
@@ -215,16 +206,9 @@ def main(args):
                 return
             meter.add_skipped(len(problems))
 
-            draws = draw_step(args, step, processes, timestep_sampler, model)
-            set_learning_rate(optimizer, learning_rate(args, step))
-            optimizer.zero_grad(set_to_none=True)
-            terms = backward(process, network, parallel, autoencoder, images, labels, draws, args)
-            norm = gradient_norm(parallel, args.clip_grad)
+            terms, t, norm = trainer.step(step, images, labels)
             watch.look(step, norm, terms["loss"])
-            optimizer.step()
-            update_ema(ema, model, ema_decay(args, step))
-            timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
-            meter.add(terms, (draws["t"] * 4 // process.num_timesteps).long().clamp(max=3))
+            meter.add(terms, (t * 4 // process.num_timesteps).long().clamp(max=3))
             bar.update()
 
             if step % args.log_every == 0 or step == total:
@@ -262,7 +246,44 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------------------------
-# Parts of a step
+# A step
+
+
+class Trainer:
+    """A model (on its device, in training), its average and its optimiser; one step of all three.
+
+    args: as train.py's options
+    """
+
+    def __init__(self, args, model, process, autoencoder, processes):
+        self.args, self.model, self.process = args, model, process
+        self.autoencoder, self.processes = autoencoder, processes
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.parallel = prepare(model, self.ema, args, processes).train()
+        self.network = autocast(self.parallel, processes.device, args.precision)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        self.timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
+
+    def step(self, step, images, labels):
+        """Train on this process's rows; returns the loss's terms, each (N,), their times t (N,), and the norm of
+        the gradients. Waits for no GPU."""
+        args = self.args
+        draws = draw_step(args, step, self.processes, self.timestep_sampler, self.model)
+        set_learning_rate(self.optimizer, learning_rate(args, step))
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = backward(
+            self.process, self.network, self.parallel, self.autoencoder, images, labels, draws, args
+        )
+        norm = gradient_norm(self.parallel, args.clip_grad)
+        self.optimizer.step()
+        update_ema(self.ema, self.model, ema_decay(args, step))
+        self.timestep_sampler.update_with_local_losses(draws["t"], terms["loss"])
+        return terms, draws["t"], norm
 
 
 def draw_step(args, step, processes, timestep_sampler, model):
