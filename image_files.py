@@ -9,6 +9,7 @@ import contextlib
 import os
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,7 @@ class ArrayFile(Images):
                 self.labels = file["arr_1"]
 
     def batches(self, start, stop, batch_size, num_workers=0):
-        for images in self._read(start, stop, batch_size):
+        for images in _ahead(self._read(start, stop, batch_size)):
             yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def pick(self, indices):
@@ -116,6 +117,15 @@ class ArrayFile(Images):
                 count = min(batch_size, stop - row)
                 packed = file.read(count * bytes_each)
                 yield np.frombuffer(bytearray(packed), np.uint8).reshape(count, *self.size, 3)
+
+
+def _ahead(batches):
+    """The same batches, each read by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 def _read_npy_header(file):

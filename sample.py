@@ -23,6 +23,7 @@ from sampler import (
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
+    check_cuda_graphs,
     check_published_draws,
     check_sampling_options,
     published_checkpoint,
@@ -42,6 +43,7 @@ def main(args):
             raise UserError(f"--seed {seed}: must be 0 or more, below 2^63")
     if args.num_samples is not None and args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples}: must be at least 1")
+    check_cuda_graphs(args.cuda_graphs)
     options = sampling_options(args)
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
@@ -72,7 +74,7 @@ def main(args):
     # Load the model:
     processes = start_processes()
     precision = set_precision(args.precision, processes.device)
-    sampler = plan.build(processes.device, precision, args.compile)
+    sampler = plan.build(processes.device, precision, args.compile, args.cuda_graphs)
 
     # Sample:
     images = sampler.sample(

@@ -30,6 +30,7 @@ from sampler import (
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
+    check_cuda_graphs,
     check_sampling_options,
     published_checkpoint,
     sampling_options,
@@ -49,6 +50,7 @@ def main(args):
         raise UserError(f"--global-seed {args.global_seed}: must be 0 or more, below 2^63")
     if not args.tf32 and args.precision == "tf32":
         raise UserError("--no-tf32: contradicts --precision tf32; leave one out")
+    check_cuda_graphs(args.cuda_graphs)
     options = sampling_options(args)
     check_sampling_options(options)
     if args.ckpt is None:
@@ -83,7 +85,7 @@ def main(args):
         logger.info(f"Continuing {folder}: {len(done)} of {len(archive.batches)} batches are there")
 
     # Sample:
-    sampler = plan.build(processes.device, precision, args.compile)
+    sampler = plan.build(processes.device, precision, args.compile, args.cuda_graphs)
     todo = [batch for batch in archive.batches if batch not in done][processes.rank :: processes.world_size]
     sample_batches(todo, sampler, archive, args, options, processes)
     processes.barrier()
@@ -100,7 +102,7 @@ def sample_batches(todo, sampler, archive, args, options, processes):
     total = sum(len(archive.rows(batch)) for batch in todo)
     pending = deque()
     bar = tqdm(total=total, desc="Sampling", unit="image", disable=not processes.is_main)
-    with ThreadPoolExecutor(max_workers=4) as pool, bar:
+    with ThreadPoolExecutor(max_workers=4) as pool, ThreadPoolExecutor(max_workers=1) as writer, bar:
         try:
             for batch in todo:
                 rows = archive.rows(batch)
@@ -112,18 +114,20 @@ def sample_batches(todo, sampler, archive, args, options, processes):
                 for i, row in enumerate(rows if args.png else ()):
                     path = os.path.join(archive.folder, f"{row:06d}.png")
                     jobs.append(pool.submit(save_image, path, pixels[i], seeds[i], labels and labels[i]))
-                pending.append((batch, pixels, labels, jobs))
+                pending.append(writer.submit(commit, archive, batch, pixels, labels, jobs, processes.rank))
                 while len(pending) > PENDING:
-                    commit(archive, *pending.popleft(), processes.rank)
+                    pending.popleft().result()
                 bar.update(len(rows))
             while pending:
-                commit(archive, *pending.popleft(), processes.rank)
+                pending.popleft().result()
         except OSError as error:
             raise UserError(
                 f"{archive.folder}: could not be written ({error.strerror}); make room and run the same"
                 " command again"
             ) from error
         finally:
+            for job in pending:  # which may still be writing
+                job.cancel() or job.exception()
             archive.close()
 
 

@@ -270,8 +270,8 @@ class Trainer:
         self.timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
 
     def step(self, step, images, labels):
-        """Train on this process's rows; returns the loss's terms, each (N,), their times t (N,), and the norm of
-        the gradients. Waits for no GPU."""
+        """Train on this process's rows; returns the loss's terms, each (N,), their times t (N,), and the norm
+        of the gradients. Waits for no GPU."""
         args = self.args
         draws = draw_step(args, step, self.processes, self.timestep_sampler, self.model)
         set_learning_rate(self.optimizer, learning_rate(args, step))

@@ -237,8 +237,8 @@ def read_within_limit(path, room, output):
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_files_larger_than_memory_are_streamed(tmp_path, compressed):
-    path, room = str(tmp_path / "huge.npz"), 150 * 2**20
-    save_huge(path, compressed, count=200)
+    path, room = str(tmp_path / "huge.npz"), 300 * 2**20
+    save_huge(path, compressed, count=320)
     process = forked._context.Process(target=read_within_limit, args=(path, room, str(tmp_path / "out")))
     process.start()
     assert forked.finish(process) == [0]
