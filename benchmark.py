@@ -51,6 +51,7 @@ import workloads
 from experiment import peak_flops
 from models import DiT_models
 from runtime import PRECISIONS, Parser, UserError, launch, set_precision, start_processes, whole_file
+from sampler import check_cuda_graphs
 from workloads import Setting
 
 MODES = ("train", "sample", "encode", "decode", "latents", "images", "write", "features")
@@ -59,18 +60,7 @@ SIZES_ALONE = MODES[2:]  # whose speed no DiT bears on
 
 def main(args):
     """Measure speed."""
-    for name in ("batch", "image_size", "processes"):
-        for value in getattr(args, name):
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for image_size in args.image_size:
-        if image_size % 64:
-            raise UserError(f"--image-size {image_size}: must be a multiple of 64")
-    if args.repeats < 1 or args.seconds <= 0 or args.num_sampling_steps < 1 or args.num_workers < 0:
-        raise UserError("--repeats, --seconds, --num-sampling-steps: must be more than 0")
-    if args.cuda_graphs and not torch.cuda.is_available():
-        raise UserError("--cuda-graphs: needs a GPU; leave it out")
-    args.out = os.path.abspath(args.out)
+    check_options(args)
     if args.processes != [1]:
         report = run_with_processes(args)
     else:
@@ -79,6 +69,23 @@ def main(args):
         with whole_file(args.out) as file:
             json.dump(report, file, indent=1)
         print(f"Saved {args.out}")
+
+
+def check_options(args):
+    """Raise UserError for numbers out of range, before any work."""
+    least = dict(batch=1, image_size=64, processes=1, repeats=1, num_sampling_steps=1, num_workers=0)
+    for name, low in least.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < low:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+            if name == "image_size" and value % 64:
+                raise UserError(f"--image-size {value}: must be a multiple of 64 (the VAE's 8 x patch 8)")
+    if args.seconds <= 0:
+        raise UserError(f"--seconds {args.seconds}: must be more than 0")
+    check_cuda_graphs(args.cuda_graphs)
+    if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
+        raise UserError(f"--out {args.out}: cannot be written there")
 
 
 def run(args, processes):
@@ -385,8 +392,8 @@ def build_parser():
     parser.add_argument("--num-sampling-steps", type=int, default=250, metavar="STEPS",
                         help="that images/s of sample are for; a step takes the same time in any number of"
                         " them (default: 250)")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N",
-                        help="processes that read, for latents and images (default: 4)")
+    parser.add_argument("--num-workers", type=int, default=2, metavar="N",
+                        help="processes that read, for latents and images (default: 2)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], metavar="N",
                         help="numbers of processes, each started by torchrun (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N",

@@ -1,0 +1,86 @@
+"""What only a GPU can show: run with python -m pytest -m gpu tests."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from conftest import build_tiny, load_rule_weights
+
+import benchmark
+import train
+from runtime import Processes, launch
+from sampler import Sampler
+from workloads import Sample, Setting, Train
+
+pytestmark = pytest.mark.gpu
+LABELS = [0, 3, 7]
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device("cuda", 0)
+
+
+def build_sampler(device, **options):
+    model = load_rule_weights(build_tiny(in_channels=3, learn_sigma=False), 0.1)
+    return Sampler(copy.deepcopy(model), device=device, defaults=dict(steps="8", cfg_scale=2.0), **options)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++"])
+def test_images_are_those_of_the_cpu(gpu, solver):
+    on_cpu = build_sampler("cpu").sample(LABELS, sampler=solver, steps=8)
+    on_gpu = build_sampler(gpu).sample(LABELS, sampler=solver, steps=8)
+    assert on_cpu.std() > 0.1
+    torch.testing.assert_close(on_gpu, on_cpu, atol=2e-3, rtol=0)
+
+
+def test_recorded_steps_are_the_plain_ones(gpu):
+    options = dict(cfg_interval=(0.5, 3.0))  # which takes turns between two shapes
+    plain = build_sampler(gpu).sample(LABELS, **options)
+    recorded = build_sampler(gpu, cuda_graphs=True)
+    for _ in range(2):  # recording, then replaying alone
+        torch.testing.assert_close(recorded.sample(LABELS, **options), plain, atol=1e-4, rtol=0)
+    assert len(recorded.network.recorded) == 2
+
+
+def test_no_step_waits_for_the_gpu(gpu):
+    processes, setting = Processes(0, 1, gpu), Setting("DiT-S/8", 64, 4, "bf16")
+    training, sampler = Train(setting, processes), Sample(setting, processes).sampler
+    options = sampler.settle(labels=LABELS, cfg_scale=2.0, steps="4")
+
+    def forbid(state=None):  # from the first step on, which copies the tables
+        torch.cuda.set_sync_debug_mode("error")
+
+    training.run(2)
+    try:
+        forbid()
+        training.run(2)
+        torch.cuda.set_sync_debug_mode("default")
+        sampler.generate(range(3), LABELS, options, callback=forbid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_training_with_everything_on(gpu, monkeypatch, tmp_path):
+    argv = ["train.py", "--preset", "digits", "--max-steps", "60", "--log-every", "20", "--precision", "bf16",
+            "--compile", "--grad-checkpointing", "--results-dir", str(tmp_path)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    launch(train.main, train.build_parser())
+    rows = (tmp_path / "000-DiT-S-2-digits" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert losses[-1] < losses[0]
+
+
+def test_benchmark(gpu, monkeypatch, tmp_path):
+    out = tmp_path / "benchmark.json"
+    argv = ["--model", "DiT-S/2", "--batch", "32", "--against", "--compile", "--cuda-graphs",
+            "--precision", "bf16", "--repeats", "2", "--seconds", "0.2", "--out", str(out)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
+    launch(benchmark.main, benchmark.build_parser())
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 8 and all(row["images_per_sec"] > 0 for row in rows)
+    assert rows[2]["ratio"] > 1  # compiled bf16 against the published way
