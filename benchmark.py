@@ -30,6 +30,7 @@ On one H200, what to run, and what to expect of it (aims; not measured yet):
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -221,6 +222,8 @@ def measure(group, args, processes):
         for workload, _, _ in built.values():
             workload.close()
     built.clear()
+    workload = None
+    gc.collect()
     if processes.device.type == "cuda":
         torch.cuda.empty_cache()
     return rows
