@@ -36,9 +36,7 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from datetime import date
@@ -46,12 +44,23 @@ from functools import partial
 from itertools import product
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm.auto import tqdm
 
 import workloads
 from experiment import peak_flops
 from models import DiT_models
-from runtime import PRECISIONS, Parser, UserError, launch, set_precision, start_processes, whole_file
+from runtime import (
+    PRECISIONS,
+    Parser,
+    UserError,
+    launch,
+    leave_group,
+    set_precision,
+    start_processes,
+    whole_file,
+)
 from sampler import check_cuda_graphs
 from workloads import Setting
 
@@ -62,13 +71,10 @@ SIZES_ALONE = MODES[2:]  # whose speed no DiT bears on
 def main(args):
     """Measure speed."""
     check_options(args)
-    if args.processes != [1]:
-        report = run_with_processes(args)
-    else:
-        report = run(args, start_processes())
+    report = run_with_processes(args) if args.processes != [1] else run(args, start_processes())
     if report:
         with whole_file(args.out) as file:
-            json.dump(report, file, indent=1)
+            json.dump(dict(command=sys.argv[1:], **report), file, indent=1)
         print(f"Saved {args.out}")
 
 
@@ -106,31 +112,36 @@ def run(args, processes):
             if processes.is_main:
                 print_row(row, heading=not rows and row is found[0])
         rows += found
-    return dict(machine, command=sys.argv[1:], rows=rows) if processes.is_main else None
+    return dict(machine, rows=rows) if processes.is_main else None
 
 
 def run_with_processes(args):
-    """The same by 1, 2, … processes of torchrun, and how the number of images grows with them."""
-    reports, given = [], list(sys.argv[1:])
-    start = given.index("--processes")
-    stop = next((i for i in range(start + 1, len(given)) if given[i].startswith("-")), len(given))
+    """The same by 1, 2, … processes of this machine, and how the number of images grows with them."""
+    reports = []
     for count in args.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            out = os.path.join(folder, "report.json")
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-            command = [sys.executable, *torchrun, __file__, *given[:start], *given[stop:], "--out", out]
-            print(f"\n{count} process{'es' if count > 1 else ''}:", flush=True)
-            if subprocess.run(command).returncode:
-                raise UserError(f"--processes {count}: failed, see above")
-            with open(out) as file:
-                reports.append(json.load(file))
-    report = dict(reports[0], command=given, rows=[row for found in reports for row in found["rows"]])
+        print(f"\n{count} process{'es' if count > 1 else ''}:", flush=True)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            max_restarts=0, run_id="benchmark",
+        )  # fmt: skip
+        try:
+            reports.append(elastic_launch(config, run_as_one)(args)[0])
+        except ChildFailedError as error:
+            raise UserError(f"--processes {count}: failed, see above") from error
     print("\nimages/s of all processes, relative to the first count:")
     for rows in zip(*(found["rows"] for found in reports)):
         first = rows[0]["images_per_sec"]
         speeds = (f"{row['processes']}: {row['images_per_sec']:.3g} ({row['images_per_sec'] / first:.2f}x)"
                   for row in rows if first and row["images_per_sec"])  # fmt: skip
-        print(f"{describe(rows[0])}    {',  '.join(speeds)}")
+        print(f"{describe(rows[0])}, {rows[0]['way']}    {',  '.join(speeds)}")
+    return dict(reports[0], rows=[row for found in reports for row in found["rows"]])
+
+
+def run_as_one(args):
+    """run, in one of several processes that torch.distributed started."""
+    report = run(args, start_processes())
+    leave_group()
     return report
 
 
@@ -398,7 +409,8 @@ def build_parser():
     parser.add_argument("--num-workers", type=int, default=2, metavar="N",
                         help="processes that read, for latents and images (default: 2)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], metavar="N",
-                        help="numbers of processes, each started by torchrun (default: 1)")
+                        help="how many processes of this machine share the work: several counts are compared"
+                        " (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N",
                         help="windows of each row (default: 5)")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S",

@@ -297,6 +297,9 @@ class Features(Workload):
 
         with patch.object(FeatureExtractorInceptionV3, "load_state_dict"):  # random weights are as fast
             self.network = Inception({}, None, self.device)
+        for layer in self.network.network.modules():  # of one size from layer to layer, that none vanishes
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
         shape = (setting.batch, 3, setting.image_size, setting.image_size)
         self.pixels = torch.randint(256, shape, dtype=torch.uint8)
         self.flops = setting.batch * count_flops(self.network, self.pixels[:1])

@@ -92,7 +92,7 @@ def test_every_stage(monkeypatch, tmp_path):
 def test_numbers_of_processes(monkeypatch, tmp_path, capfd):
     report = measure(monkeypatch, tmp_path, "--mode", "train", *SIZES, *BRIEF, "--processes", 1, 2)
     one, two = report["rows"]
-    assert (one["processes"], two["processes"]) == (1, 2) and report["command"][-2:] == ["1", "2"]
+    assert (one["processes"], two["processes"]) == (1, 2) and "--processes" in report["command"]
     for row in report["rows"]:
         median = sum(row["windows"]) / 2
         assert row["images_per_sec"] == pytest.approx(3 * row["processes"] / median)
