@@ -127,8 +127,10 @@ class Checkpoint:
     config: dict = field(default_factory=dict)
 
     def state_dict(self, weights="ema"):
-        """The model's state dict: "ema" averaged, "raw" as trained last."""
+        """The model's state dict: "ema" averaged, "raw" as trained last; UserError where it has no such."""
         state = self.contents["ema" if weights == "ema" else "model"]
+        if state is None:
+            raise UserError(f"--weights raw: {self.path} holds averaged weights alone; leave --weights out")
         # A run that compiled or wrapped its model in DDP by other code may have saved the wrapper's prefix:
         return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
 
@@ -179,12 +181,11 @@ def load(path, flag="--ckpt"):
     if not isinstance(contents, dict) or not contents:
         raise UserError(f"{flag} {path}: not a checkpoint (it holds a {type(contents).__name__})")
     if _is_state_dict(contents):
-        contents = dict(ema=contents)
+        contents = dict(ema=contents, model=contents)
     states = {name: contents[name] for name in ("model", "ema") if contents.get(name) is not None}
     if not states or not all(map(_is_state_dict, states.values())):
         raise UserError(f"{flag} {path}: neither a training checkpoint nor a state dict")
-    only = next(iter(states.values()))
-    contents = {**contents, "ema": states.get("ema", only), "model": states.get("model", only)}
+    contents = {**contents, "ema": states.get("ema", states.get("model")), "model": states.get("model")}
     config = contents.get("config")
     return Checkpoint(path, contents, config if isinstance(config, dict) else {})
 
@@ -234,7 +235,7 @@ def _load_safetensors(path, flag):
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}
             config = (file.metadata() or {}).get("config")
-            return dict(ema=state, config=json.loads(config)) if config else state
+            return dict(ema=state, model=state, config=json.loads(config)) if config else state
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{flag} {path}: not a safetensors file, or cut short ({error})") from error
 

@@ -70,7 +70,8 @@ class FolderImages(Dataset):
                 folder = _VisibleFolders(root)
             except FileNotFoundError as error:
                 raise UserError(f"--data-path {root}: {error}".splitlines()[0]) from error
-            self.classes, self.samples = folder.classes, folder.samples
+            visible = [(path, label) for path, label in folder.samples if not is_hidden(path, root)]
+            self.classes, self.samples = folder.classes, visible
 
     def __len__(self):
         return len(self.samples)
@@ -78,7 +79,7 @@ class FolderImages(Dataset):
     def __getitem__(self, key):
         index, mirrored = key
         path, label = self.samples[index]
-        with naming_file(path), Image.open(path) as image:
+        with open_image(path) as image:
             image = center_crop_arr(image.convert("RGB"), self.image_size)
         image = _to_tensor(image)
         return image.flip(-1) if mirrored else image, label
@@ -86,9 +87,8 @@ class FolderImages(Dataset):
     def check(self):
         """Raise UserError for a file that is no image, by its header: all of them, or an even share of very
         many."""
-        for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), CHECKED_FILES)).astype(int)):
-            path = self.samples[i][0]
-            with naming_file(path), Image.open(path):
+        for path, _ in share_to_check(self.samples):
+            with open_image(path):
                 pass
 
 
@@ -107,6 +107,17 @@ def is_visible(entry):
     return not entry.name.startswith(".")
 
 
+def is_hidden(path, root):
+    """Whether a file, or a folder between it and the root, is hidden."""
+    return any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
+
+
+def share_to_check(files):
+    """All of these, or an even share of very many."""
+    indices = np.linspace(0, len(files) - 1, min(len(files), CHECKED_FILES)).astype(int)
+    return [files[i] for i in np.unique(indices)]
+
+
 def is_image(entry):
     """Whether a folder's entry, of os.scandir, is an image file by its name."""
     return entry.is_file() and is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
@@ -121,6 +132,15 @@ def naming_file(path):
         # Pillow's own message may repeat the path:
         reason = (str(error) or type(error).__name__).replace(repr(str(path)), "it").splitlines()[0]
         raise UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})") from error
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """The PIL image of a file; what goes wrong with it there is a UserError that names it."""
+    with naming_file(path), Image.open(path) as image:
+        if image.mode[0] in "IF":  # which PIL would cut off at white
+            raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}; convert it")
+        yield image
 
 
 class ArrayImages(Dataset):

@@ -36,7 +36,7 @@ def find_model(model_name, weights="ema"):
     return checkpoint.load(find_file(model_name)).state_dict(weights)
 
 
-def find_file(name):
+def find_file(name, flag="--ckpt"):
     """The path of a published checkpoint by name, or of a diffusers pipeline by hub id (owner/name), fetched
     where need be; of a local file, unchanged. Raises UserError where it cannot be fetched."""
     if os.path.exists(name):
@@ -44,11 +44,11 @@ def find_file(name):
     if name in PRETRAINED_MODELS:
         return download_model(name)
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith((".pt", ".safetensors"))
-    return download_pipeline(name) if is_hub_id else name
+    return download_pipeline(name, flag) if is_hub_id else name
 
 
-def download_pipeline(name):
-    """Fetch a diffusers pipeline by hub id, and return its folder."""
+def download_pipeline(name, flag="--ckpt"):
+    """Fetch a diffusers pipeline by hub id, and return its folder; UserError, naming the flag."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -56,7 +56,7 @@ def download_pipeline(name):
     except Exception as error:  # of many kinds, down to those of the HTTP library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--ckpt {name}: no such file or folder, and as a hub id it could not be fetched ({reason})"
+            f"{flag} {name}: no such file or folder, and as a hub id it could not be fetched ({reason})"
         ) from error
 
 

@@ -61,15 +61,16 @@ class Experiment:
                 self.folder = self._create(args)
             else:
                 self.resumed = self.resumed or checkpoint.latest(self.checkpoints)
-                checkpoint.retain(self.checkpoints, 0)
-                checkpoint.set_aside(
-                    self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0
-                )
-                self._write_settings(args)
         except OSError as error:
             raise UserError(
                 f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
             ) from error
+
+    def go_on(self, args):
+        """Make the folder that of a run which goes on from `resumed`, with these options."""
+        checkpoint.retain(self.checkpoints, 0)
+        checkpoint.set_aside(self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0)
+        self._write_settings(args)
 
     @property
     def checkpoints(self):
@@ -115,6 +116,8 @@ class Experiment:
                     f"--resume {path}: holds averaged weights alone; give a numbered checkpoint, or give this"
                     " one to --init-from"
                 )
+            if not re.fullmatch(r"\d+(\.pt)?", os.path.basename(os.path.abspath(path))):
+                raise UserError(f"--resume {path}: set aside; rename it to a number, as 0050000.pt, first")
             named, folder = path, os.path.dirname(os.path.dirname(os.path.abspath(path)))
         if read_settings(folder) is None:
             raise UserError(

@@ -46,12 +46,20 @@ def main(args):
     for name in ("image_size", "per_proc_batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.num_workers < 0:
+        raise UserError(f"--num-workers {args.num_workers}: must be 0 or more")
+    if args.precision == "bf16":
+        raise UserError("--precision bf16: latents are kept more exactly than that; give tf32 or fp32")
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache; train.py reads the images themselves")
     processes = start_processes()
     args.precision = set_precision(args.precision, processes.device)
     dataset = open_dataset("folder", args.data_path, args.image_size)
-    _, factor, _ = describe_vae(args.vae, dataset.channels)
+    _, factor, image_channels = describe_vae(args.vae, dataset.channels)
+    if image_channels != dataset.channels:
+        raise UserError(
+            f"--vae {args.vae}: takes images of {image_channels} channels, these have {dataset.channels}"
+        )
     if args.image_size % factor:
         raise UserError(
             f"--image-size {args.image_size}: must be divisible by {factor} (the VAE's downsampling)"
@@ -116,7 +124,10 @@ def begin(folder, manifest):
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(path):
             with open(path) as file:
-                found = json.load(file)
+                try:
+                    found = json.load(file)
+                except ValueError as error:
+                    raise UserError(f"{path}: cannot be read; remove the folder and extract again") from error
             for name in manifest.keys() - {"complete"}:
                 if found.get(name) != manifest[name]:
                     raise UserError(

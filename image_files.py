@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import CHECKED_FILES, center_crop_arr, is_image, naming_file
+from data import center_crop_arr, is_image, open_image, share_to_check
 from runtime import UserError, whole_file
 
 # What np.load and zipfile raise for a file that is damaged or something else:
@@ -81,8 +80,8 @@ class ArrayFile(Images):
         super().__init__(path, shape[0], shape[1:3])
         self.member, self.header, self.flag = member, header, flag
         if "arr_1.npy" in names:
-            with contextlib.suppress(ValueError), np.load(path) as file:  # objects, which labels never are
-                self.labels = file["arr_1"]
+            with reading(path, flag), contextlib.suppress(ValueError), np.load(path) as file:
+                self.labels = file["arr_1"]  # a ValueError is for objects, which labels never are
 
     def batches(self, start, stop, batch_size, num_workers=0):
         for images in _ahead(self._read(start, stop, batch_size)):
@@ -184,8 +183,8 @@ class PictureFolder(Images):
         labels = np.unique(labels, return_inverse=True)[1]
         super().__init__(path, len(files), (crop, crop) if crop else None, labels)
         self.files = _Files(files, crop)
-        if not crop:
-            self.size = self.files.check()
+        self.files.check()
+        self.size = self.size or self.files.size[::-1]  # (width, height) there
 
     def batches(self, start, stop, batch_size, num_workers=0):
         order = [range(row, min(row + batch_size, stop)) for row in range(start, stop, batch_size)]
@@ -204,7 +203,7 @@ class _Files(Dataset):
 
     def __getitem__(self, index):
         path = self.paths[index]
-        with naming_file(path), Image.open(path) as image:
+        with open_image(path) as image:
             image = image.convert("RGB")
             image = center_crop_arr(image, self.crop) if self.crop else image
         if self.size is not None:
@@ -212,15 +211,14 @@ class _Files(Dataset):
         return torch.from_numpy(np.array(image))
 
     def check(self):
-        """The size (H, W) of all files, by the headers of all of them, or of an even share of very many."""
-        for i in np.unique(
-            np.linspace(0, len(self.paths) - 1, min(len(self.paths), CHECKED_FILES)).astype(int)
-        ):
-            with naming_file(self.paths[i]), Image.open(self.paths[i]) as image:
+        """Raise UserError for a file that is no image, or of another size, by the headers of all of them, or
+        of an even share of very many. Sets size, where they are not cropped."""
+        for path in share_to_check(self.paths):
+            with open_image(path) as image:
                 size = image.size
-            self.size = self.size or size
-            self._compare(self.paths[i], size)
-        return self.size[::-1]
+            if not self.crop:
+                self.size = self.size or size
+                self._compare(path, size)
 
     def _compare(self, path, size):
         if size != self.size:

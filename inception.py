@@ -74,6 +74,8 @@ def load_inception(path, device, any_weights=False):
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return Inception(state, sha256, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # what a file of anything else raises has no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[:2][-1].strip()[:100]
         raise UserError(
@@ -223,17 +225,24 @@ class SampleFID:
     reference   .npz with mu and sigma, ADM's or of evaluate.py --save-stats
     count       samples; they have the seeds 0 … count - 1, and random labels
     weights     file of the Inception network's, None for the published one
+    sampling    how samples are made, plain data: what a Sampler is given as defaults
     Raises UserError for a reference or weights that cannot be used.
     """
 
-    def __init__(self, reference, count, *, weights=None, any_weights=False, processes, batch_size=64):
+    def __init__(
+        self, reference, count, *, weights=None, any_weights=False, sampling=None, processes, batch_size=64
+    ):
         self.network = load_inception(weights, processes.device, any_weights)
         check_same_weights(reference, self.network.sha256, "--fid-ref")
         self.reference = read_fid_reference(reference)
         self.count, self.batch_size, self.processes = count, batch_size, processes
         self.name = f"FID-{name_of_count(count)}"  # never 50K of fewer samples
         # What two values must have in common to be compared:
-        self.settings = dict(reference=reference, count=count, inception_sha256=self.network.sha256)
+        digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in self.reference))
+        self.settings = dict(
+            reference_sha256=digest.hexdigest(), count=count, inception_sha256=self.network.sha256,
+            sampling=sampling,
+        )  # fmt: skip
 
     def __call__(self, sampler):
         """The FID of a Sampler's images; every process calls it with the same weights and gets it."""

@@ -166,13 +166,18 @@ class StopRequest:
     def __init__(self, processes):
         self.signalled = False
         self.group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
-        signal.signal(signal.SIGTERM, self._note)  # which a launcher may send more than once
+        self.before = signal.signal(signal.SIGTERM, self._note)  # which a launcher may send more than once
         self.previous = signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number, frame):
         self.signalled = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self.previous)  # a second Ctrl-C acts at once
+
+    def close(self):
+        """Let signals act at once again."""
+        signal.signal(signal.SIGTERM, self.before)
+        signal.signal(signal.SIGINT, self.previous)
 
     def agreed(self, problem=False):
         """Called by all processes at the same step: (any was signalled, any has a problem).

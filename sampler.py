@@ -281,6 +281,7 @@ class Plan:
     guide                            the checkpoint of a weaker model, for autoguidance
     default_vae                      for a checkpoint that names none
     defaults                         of sampling options, for a checkpoint that keeps none; see DEFAULTS
+    flag                             what names the path in errors
     Raises UserError where the checkpoint is none, or another than the caller holds it to be.
     """
 
@@ -296,9 +297,10 @@ class Plan:
         guide=None,
         default_vae="mse",
         defaults=None,
+        flag="--ckpt",
     ):
-        self.path, self.weights = find_file(path), weights
-        self.checkpoint = checkpoint.load(self.path)
+        self.path, self.weights = find_file(path, flag), weights
+        self.checkpoint = checkpoint.load(self.path, flag)
         kept = self.checkpoint.config
         self.vae = vae or kept.get("autoencoder", {}).get("vae") or default_vae
         # How many channels the images have shows in the model alone where there is no VAE:
@@ -317,7 +319,7 @@ class Plan:
         self.image_channels = image_channels or in_channels
         self.defaults = {**DEFAULTS, **self.process.sampling, **(defaults or {}), **kept.get("sampling", {})}
         self.classes = kept.get("data", {}).get("classes")  # their names
-        self.guide = guide and self._check_guide(Plan(guide, vae=self.vae))
+        self.guide = guide and self._check_guide(Plan(guide, vae=self.vae, flag="--guide"))
 
     def _check_guide(self, guide):
         for name in ("input_size", "in_channels", "num_classes"):

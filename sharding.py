@@ -8,7 +8,7 @@ writes its own shards, as safetensors, so that no checkpoint holds code:
         plain.pt                     what a checkpoint of one file has besides
         sizes.json                   the length of every file
 
-`python checkpoint.py --ckpt checkpoints/0050000 --out checkpoints/0050000.pt` makes the ordinary file of it.
+`python checkpoint.py export --ckpt checkpoints/0050000 --out 0050000.pt` makes the ordinary file of it.
 """
 
 import contextlib

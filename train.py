@@ -32,7 +32,7 @@ from data import BatchOrder, Guarded, hold_out, read_batches
 from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
-from experiment import Best, Experiment, Meter, Metrics, memory_gib, peak_flops
+from experiment import Best, Experiment, Meter, Metrics, comparable, memory_gib, peak_flops
 from images import save_gif, save_grid
 from inception import SampleFID
 from models import DiT, count_macs
@@ -48,7 +48,7 @@ from runtime import (
     set_precision,
     start_processes,
 )
-from sampler import Sampler
+from sampler import Sampler, settle_options
 from settings import (
     build_parser,
     check_data,
@@ -82,6 +82,7 @@ def main(args):
     check_data(args, dataset)
     model_config = configure_model(args, dataset)
     process = create_process(process_config(args))
+    settle_options(model_config, process, sampling_defaults(args))  # for the pictures at the end
     training_set, held_out = hold_out(dataset, args.global_seed) if args.eval_every else (dataset, None)
     steps_per_epoch = len(training_set) // args.global_batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
@@ -98,13 +99,15 @@ def main(args):
 
     # Load the autoencoder and the weights to start from, which can fail, before anything is written:
     autoencoder = open_autoencoder(args, dataset, device)
-    initial = checkpoint.load(find_file(args.init_from), "--init-from") if args.init_from else None
+    initial = (
+        checkpoint.load(find_file(args.init_from, "--init-from"), "--init-from") if args.init_from else None
+    )
 
     fid = None
     if args.fid_ref:
         fid = SampleFID(
             args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
-            processes=processes,
+            sampling=sampling_defaults(args), processes=processes,
         )  # fmt: skip
 
     # Find the run to continue, or make a folder:
@@ -128,22 +131,20 @@ def main(args):
     trainer, meter = Trainer(args, model, process, autoencoder, processes), Meter()
     ema, optimizer, timestep_sampler = trainer.ema, trainer.optimizer, trainer.timestep_sampler
     start = 0
-    if resume_path:
-        start = restore(resume_path, args, model, ema, optimizer, timestep_sampler, meter, processes)
-        logger.info(f"Continuing after step {start:,} from {resume_path}")
-        if total < start:
-            raise UserError(f"--max-steps {total}: {resume_path} is beyond that; give at least {start}")
-    logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
-    logger.info(f"Dataset contains {len(training_set):,} images ({source(args)})")
-    logger.info(
-        f"Training for {total:,} steps of {args.global_batch_size} images on {world_size} x {device.type}"
-    )
-
     config = dict(
         model=model.config, process=process.config, autoencoder=autoencoder.config,
         data=dict(dataset=source(args), image_size=args.image_size, classes=dataset.classes),
         sampling=sampling_defaults(args),
     )  # fmt: skip
+    if resume_path:
+        start, changes = restore(resume_path, args, config, total, trainer, meter)
+        logger.info(f"Continuing after step {start:,} from {resume_path}{changes}")
+    processes.on_main(lambda: experiment.go_on(args))
+    logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
+    logger.info(f"Dataset contains {len(training_set):,} images ({source(args)})")
+    logger.info(
+        f"Training for {total:,} steps of {args.global_batch_size} images on {world_size} x {device.type}"
+    )
 
     def save(step):
         watch.check(processes, path)
@@ -230,6 +231,7 @@ def main(args):
                     sample(step, averaged)
                 processes.barrier()
     path = save(total) if total > saved else path
+    stop.close()  # from here on, nothing would be lost
     averaged = sharding.gather_copy(ema, device) if args.shard else ema
     leave_group()
 
@@ -483,28 +485,53 @@ def autocast(model, device, precision):
     return network
 
 
-def restore(path, args, model, ema, optimizer, timestep_sampler, meter, processes):
-    """Take up a checkpoint where it left off; returns its step."""
+def restore(path, args, config, total, trainer, meter):
+    """Take up a checkpoint where it left off; returns its step, and in words what options are others now.
+
+    Raises UserError, with nothing changed, where it is of another model or process, or beyond the last step.
+    """
+    processes = trainer.processes
     if args.shard:
         if not os.path.isdir(path):
             raise UserError(
                 f"--shard: {path} is of a run without it; leave it out, or give it to --init-from"
             )
         contents = torch.load(os.path.join(path, sharding.PLAIN), map_location="cpu", weights_only=True)
-        sharding.restore(path, model, ema, optimizer, contents["step"])
     else:
         found = checkpoint.load(path, "--resume")
         contents = found.contents
-        checkpoint.load_weights(model, found.state_dict("raw"), path, "--resume")
-        checkpoint.load_weights(ema, found.state_dict("ema"), path, "--resume")
-        optimizer.load_state_dict(contents["opt"])
-        for group in optimizer.param_groups:  # as given now, should it differ
+    changes = check_same_run(path, contents, config, args)
+    if total < contents["step"]:
+        raise UserError(f"--max-steps {total}: {path} is beyond that; give at least {contents['step']}")
+    if args.shard:
+        sharding.restore(path, trainer.model, trainer.ema, trainer.optimizer, contents["step"])
+    else:
+        checkpoint.load_weights(trainer.model, found.state_dict("raw"), path, "--resume")
+        checkpoint.load_weights(trainer.ema, found.state_dict("ema"), path, "--resume")
+        trainer.optimizer.load_state_dict(contents["opt"])
+        for group in trainer.optimizer.param_groups:  # as given now, should it differ
             group["weight_decay"] = args.weight_decay
-    timestep_sampler.load_state_dict(contents["timestep_sampler"])
+    trainer.timestep_sampler.load_state_dict(contents["timestep_sampler"])
     windows = contents["meter"]
     if len(windows) == processes.world_size:
         meter.load_state_dict(windows[processes.rank], processes.device)
-    return contents["step"]
+    return contents["step"], changes
+
+
+def check_same_run(path, contents, config, args):
+    """Raise UserError where a checkpoint is of another model or process; returns what else has changed since,
+    as "; now lr 0.0002 (was 0.0001)", or ""."""
+    for part in ("model", "process"):
+        old, new = contents["config"][part], config[part]
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                raise UserError(
+                    f"--resume {path}: its {name.replace('_', ' ')} is {old.get(name)}, by these options"
+                    f" {new.get(name)}; give the run's own, or give the file to --init-from"
+                )
+    old, new = comparable(contents["args"]), comparable(vars(args))
+    changed = [name for name in new if name in old and new[name] != old[name]]
+    return "".join(f"; now {name} {new[name]} (was {old[name]})" for name in changed)
 
 
 def write_checkpoint(experiment, step, state):
