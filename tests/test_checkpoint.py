@@ -50,6 +50,11 @@ def test_a_training_checkpoint_keeps_both_weights(tmp_path):
     )
     found = checkpoint.load(path)
     assert found.state_dict("ema")["a"] == 0 and found.state_dict("raw")["a"] == 1
+    checkpoint.save(str(tmp_path / "best.pt"), dict(ema=dict(a=torch.zeros(1)), step=3))
+    best = checkpoint.load(str(tmp_path / "best.pt"))
+    assert best.state_dict()["a"] == 0
+    with pytest.raises(UserError, match="--weights raw: .*best.pt holds averaged weights alone"):
+        best.state_dict("raw")
     assert found.config == dict(model=dict(depth=2))
 
 

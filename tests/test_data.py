@@ -59,6 +59,13 @@ def test_flat_folder_has_no_classes(tmp_path):
     assert dataset.classes == [] and len(dataset) == 2 and dataset[(0, False)][0].shape == (3, 8, 8)
 
 
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    for path in ("a/1.png", "b/1.png", "a/.ipynb_checkpoints/1.png", "a/.1.png", ".git/1.png"):
+        write_image(tmp_path / path)
+    dataset = open_dataset("folder", str(tmp_path), 8)
+    assert [path for path, _ in dataset.samples] == [str(tmp_path / name / "1.png") for name in "ab"]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -70,6 +77,10 @@ def test_flat_folder_has_no_classes(tmp_path):
         ),
         (lambda path: (path / "bad.png").write_bytes(b"junk"), "bad.png: cannot be read as an image"),
         (lambda path: (path / "bad.png").write_bytes(b""), "bad.png: cannot be read as an image"),
+        (
+            lambda path: Image.fromarray(np.full((20, 20), 300, np.uint16)).save(path / "deep.png"),
+            r"deep.png: .*more than 8 bits, mode I;16; convert it",
+        ),
     ],
 )
 def test_refused_folders(tmp_path, make, message):

@@ -192,6 +192,11 @@ def test_folder(tmp_path):
     cropped = PictureFolder(str(flat), "REF", crop=8)
     assert not cropped.is_sorted_by_class
     assert [(image == image[..., :1]).all() for image in read(cropped)] == [False, True]
+    (flat / "2.png").write_bytes(b"junk")
+    with pytest.raises(
+        UserError, match="2.png: cannot be read as an image"
+    ):  # before the others are computed
+        PictureFolder(str(flat), "REF", crop=8)
 
 
 def test_shares_are_whole_batches_in_order():

@@ -156,6 +156,15 @@ def test_refused_extractions(source, cache, tmp_path):
 
     assert "must be divisible by 4 (the VAE's downsampling)" in refusal("--image-size", 18)
     assert "--vae none: pixels need no cache" in refusal("--vae", "none")
+    assert "--num-workers -1: must be 0 or more" in refusal("--num-workers", -1)
+    assert "--precision bf16: latents are kept more exactly" in refusal("--precision", "bf16")
+    save_vae(tmp_path / "grey", in_channels=1, out_channels=1)
+    assert "takes images of 1 channels, these have 3" in refusal("--vae", tmp_path / "grey")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    assert "manifest.json: cannot be read; remove the folder" in refusal(
+        "--features-path", tmp_path / "damaged"
+    )
     assert "holds a cache of other image size" in refusal("--features-path", cache, "--image-size", 20)
     os.system(f"cp -r {source / 'images'} {tmp_path / 'images'}")
     write_image(tmp_path / "images" / "a" / "000.png", size=(30, 30))

@@ -197,7 +197,32 @@ def test_a_given_run_is_continued_with_other_options(tmp_path):
     assert {"0000024.pt.unused", "0000024.pt", "0000048.pt.unused"} < set(os.listdir(folder / "checkpoints"))
     assert [row["step"] for row in rows(folder)][-1] == 40
 
+    # What is refused leaves the run as it was:
+    def state():
+        return (folder / "args.json").read_text(), sorted(os.listdir(folder / "checkpoints"))
+
+    before, first = state(), folder / "checkpoints" / "0000008.pt"
     assert "--max-steps 10: " in run("--max-steps", 10, "--resume", folder, expect=2)
+    for option, value, message in (
+        ("--model", "DiT-S/4", "its patch size is 2, by these options 4"),
+        (
+            "--noise-schedule",
+            "squaredcos_cap_v2",
+            "its noise schedule is linear, by these options squaredcos_",
+        ),
+        ("--class-dropout-prob", 0.2, "its class dropout prob is 0.1, by these options 0.2"),
+    ):
+        assert message in run(option, value, "--resume", folder, expect=2)
+    whole = first.read_bytes()
+    first.write_bytes(whole[:1000])
+    assert "0000008.pt: not a checkpoint" in run("--resume", first, expect=2)
+    first.write_bytes(whole)
+    aside = folder / "checkpoints" / "0000048.pt.unused"
+    assert "set aside; rename it to a number" in run("--resume", aside, expect=2)
+    assert state() == before
+
+    # Other changes are said:
+    assert "; now lr 0.005 (was 0.001)" in run("--lr", 5e-3, "--max-steps", 41, "--resume", folder)
     assert "no run's folder (no args.json)" in run("--resume", tmp_path, expect=2)
 
 

@@ -249,6 +249,8 @@ PIXELS = "--data-path images --vae none --image-size 8 --global-batch-size 2 --m
         (f"{PIXELS} --num-sampling-steps 0", "--num-sampling-steps 0: '0' steps: there must be at least 1"),
         (f"{PIXELS} --num-sampling-steps 5000", "5000 steps cannot be taken out of 1000"),
         (f"{PIXELS} --num-sampling-steps ddim13.5", "'ddim13.5' is not a number of steps"),
+        (f"{PIXELS} --cfg-channels 4", "--cfg-channels 4: must be between 1 and 3, or all"),
+        (f"{PIXELS} --init-from foo/bar", "--init-from foo/bar: no such file"),
         (f"{PIXELS} --cfg-scale -1", "--cfg-scale -1.0: must be 0 or more"),
         (
             f"{PIXELS} --hidden-size 100",
