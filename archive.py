@@ -64,7 +64,7 @@ class SampleArchive:
         if os.path.exists(self.path) and not whole:  # cut short by something else
             os.replace(self.path, self.part)
         path = self.path if whole else self.part
-        there = os.path.getsize(path) if os.path.exists(path) else 0
+        there = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0  # it may have holes
         free = shutil.disk_usage(self.folder).free
         if size - there > free:
             raise UserError(

@@ -67,7 +67,9 @@ def save(path, contents):
 def numbered(folder):
     """The checkpoints of a folder, {step: path}, by step."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = {int(name.removesuffix(".pt")): name for name in names if re.fullmatch(r"\d+(\.pt)?", name)}
+    names = sorted(filter(re.compile(r"\d+(\.pt)?").fullmatch, names), reverse=True)
+    # Where a folder of shards has been exported beside itself, the folder is the run's, and comes last:
+    found = {int(name.removesuffix(".pt")): name for name in names}
     return {step: os.path.join(folder, found[step]) for step in sorted(found)}
 
 
@@ -353,16 +355,18 @@ def initialize(model, found):
 
 
 def export(found, out, weights="ema"):
-    """Write a Checkpoint in the form that the name says: .pt for all it holds, .safetensors for its weights
-    and config, else a folder for diffusers' DiTPipeline. Raises UserError where that cannot be."""
-    if out.endswith(".pt"):
-        save(out, found.contents)
-        return
+    """Write a Checkpoint in the form that the name says: .pt for all it holds, .safetensors for the weights
+    asked for and its config, else a folder for diffusers' DiTPipeline. UserError where that cannot be."""
     state = {name: value.contiguous() for name, value in found.state_dict(weights).items()}
     config = {**found.config, "model": found.model_config()}
     process = config.setdefault("process", dict(learn_sigma=config["model"]["learn_sigma"]))
     vae = config.setdefault("autoencoder", dict(vae="mse"))["vae"]
     classes = config.get("data", {}).get("classes")
+    if out.endswith(".pt"):
+        if weights == "raw":
+            raise UserError("--weights raw: a .pt file keeps both kinds; leave it out, or give .safetensors")
+        save(out, {**found.contents, "config": config})
+        return
     try:
         if out.endswith(".safetensors"):
             _save_safetensors(out, state, config)

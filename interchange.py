@@ -114,7 +114,8 @@ def load_diffusers(folder, flag="--ckpt"):
     if index:
         config["autoencoder"] = dict(vae=os.path.abspath(os.path.join(folder, "vae")))
         names = index.get("id2label") or {}
-        config["data"] = dict(classes=[names[key] for key in sorted(names, key=int)])
+        with blame(f"{flag} {folder}: id2label"):
+            config["data"] = dict(classes=[names[key] for key in sorted(names, key=int)])
     return state, config
 
 
@@ -124,20 +125,30 @@ def _process(scheduler, model):
     ends = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
     if schedule not in SCHEDULES or (schedule == "linear" and ends != (1e-4, 0.02)):
         raise ValueError(f"its noise schedule is {schedule} {ends}; only {' and '.join(SCHEDULES)} are known")
+    if schedule == "linear" and scheduler.get("num_train_timesteps", 1000) != 1000:
+        raise ValueError("a linear noise schedule of other than 1000 steps is another one here")
+    for name in ("trained_betas", "rescale_betas_zero_snr"):
+        if scheduler.get(name):
+            raise ValueError(f"its scheduler has {name}, which is not known here")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "sample"):
         raise ValueError(f"it predicts {prediction}; only epsilon and sample are known")
+    is_small = not model.learn_sigma and scheduler.get("variance_type", "").startswith("fixed_small")
     return dict(
         objective="diffusion", noise_schedule=schedule, predict_xstart=prediction == "sample",
-        learn_sigma=model.learn_sigma, diffusion_steps=scheduler.get("num_train_timesteps", 1000),
+        learn_sigma=model.learn_sigma, sigma_small=is_small,
+        diffusion_steps=scheduler.get("num_train_timesteps", 1000),
     )  # fmt: skip
 
 
 def _read_json(path):
     if not os.path.isfile(path):
         return {}
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged; fetch or save the folder again ({error})") from error
 
 
 def save_diffusers(folder, state, model_config, process_config, vae, classes=None):
@@ -187,6 +198,8 @@ def check_exportable(model_config, process_config, vae):
         "learned position embedding": model_config["pos_embed"] != "sincos",
         "registers": model_config["registers"] > 0,
         "QK-norm": model_config["qk_norm"],
+        "linear schedule of other than 1000 steps": process_config.get("noise_schedule", "linear") == "linear"
+        and process_config.get("diffusion_steps", 1000) != 1000,
         "this noise schedule": process_config.get("noise_schedule", "linear") not in SCHEDULES,
         "this objective": process_config.get("objective", "diffusion") != "diffusion",
     }

@@ -1,6 +1,7 @@
 """Class labels by name: those of the data a model was trained on, or ImageNet's."""
 
 import difflib
+import re
 from functools import cache
 
 from runtime import UserError
@@ -10,10 +11,11 @@ def resolve_labels(words, num_classes, classes=None):
     """Labels, as numbers, of words: each a label itself, or a class's name, whatever its case.
 
     num_classes   of the model, 0 for an unconditional one
-    classes       the names of its classes, in order; None for ImageNet's where there are 1000
+    classes       the names of its classes, in order; where there are 1000 and they are not known, or
+                  are WordNet's ids of ImageNet, ImageNet's names count
     Raises UserError for a word that is neither, with the nearest names.
     """
-    named = _imagenet_labels() if num_classes == 1000 else {}
+    named = _imagenet_labels() if num_classes == 1000 and _are_imagenets(classes) else {}
     for label, name in enumerate(classes or ()):
         labels = named.setdefault(name.lower(), [])
         if label not in labels:
@@ -24,7 +26,7 @@ def resolve_labels(words, num_classes, classes=None):
 def _resolve(word, num_classes, named):
     if not num_classes:
         raise UserError(f"--class-labels {word}: this model is unconditional; leave it out")
-    if word.lstrip("+-").isdecimal():
+    if re.fullmatch(r"[+-]?\d+", word):
         if not 0 <= int(word) < num_classes:
             raise UserError(f"--class-labels {word}: must be between 0 and {num_classes - 1}, or a name")
         return int(word)
@@ -45,11 +47,15 @@ def class_names(num_classes, classes=None):
     """A name for every label, in order: the given ones, ImageNet's (synonyms after commas), or the number."""
     if classes and len(classes) == num_classes:
         names = list(classes)
-        if num_classes != 1000 or names != [_imagenet().index_to_label_name(i) for i in range(1000)]:
+        if num_classes != 1000 or not _are_imagenets(names):
             return names
     if num_classes == 1000:
         return [_imagenet().index_to_description(label) for label in range(1000)]
     return [str(label) for label in range(num_classes)]
+
+
+def _are_imagenets(classes):
+    return not classes or list(classes) == [_imagenet().index_to_label_name(i) for i in range(1000)]
 
 
 @cache

@@ -13,7 +13,6 @@ From the published weights, fetched on first use; classes by name, few steps, an
 import os
 from itertools import cycle, islice
 
-from download import PRETRAINED_MODELS
 from images import make_folder, save_gif, save_grid, save_image, to_uint8
 from labels import class_names, resolve_labels
 from runtime import Parser, UserError, launch, set_precision, start_processes
@@ -25,7 +24,6 @@ from sampler import (
     add_speed_arguments,
     check_cuda_graphs,
     check_published_draws,
-    check_sampling_options,
     published_checkpoint,
     sampling_options,
 )
@@ -47,12 +45,6 @@ def main(args):
     options = sampling_options(args)
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
-    if args.ckpt in PRETRAINED_MODELS:  # before they are fetched
-        choose_labels(args, 1000)
-        check_sampling_options(options)
-        if args.dry_run:
-            print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
-            return
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
         num_classes=args.num_classes, vae=args.vae, guide=args.guide,
@@ -63,11 +55,16 @@ def main(args):
         raise UserError(f"--seed: {len(args.seed)} seeds for {count} samples; give as many, or the first one")
     seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + count)
     settled = plan.check(**options)
+    plan.check_pictures()
     if args.published_draws:
         check_published_draws(seeds, settled)
     if args.dry_run:
         print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
         return
+    for name in ("sample.png", *(["sample.gif"] if args.gif else [])):
+        if os.path.isdir(name):
+            raise UserError(f"{name}: is a folder; remove it, or sample elsewhere")
+    make_folder(os.getcwd(), "working folder")
     if args.out:
         make_folder(args.out, "--out")
 
@@ -81,14 +78,16 @@ def main(args):
         labels, seeds=seeds, published_draws=args.published_draws, return_trajectory=args.gif,
         progress=True, **options,
     )  # fmt: skip
-    if args.gif:
-        images, trajectory = images
-        save_gif(trajectory, "sample.gif", nrow=4)
-    save_grid(images, "sample.png", nrow=4)
-    if args.out:
-        for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds)):
+    try:
+        if args.gif:
+            images, trajectory = images
+            save_gif(trajectory, "sample.gif", nrow=4)
+        save_grid(images, "sample.png", nrow=4)
+        for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds) if args.out else ()):
             label = None if isinstance(labels, int) else labels[i]
             save_image(os.path.join(args.out, f"{i:06d}.png"), pixels, seed, label)
+    except OSError as error:
+        raise UserError(f"sample.png: could not be written ({error.strerror}); make room") from error
     names = class_names(sampler.model.num_classes, plan.classes)
     shown = "" if isinstance(labels, int) else f", labels {labels}"
     if not isinstance(labels, int) and names[0] != "0":

@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 
 import checkpoint
 from archive import SampleArchive
-from autoencoder import PUBLISHED_VAES
-from download import PRETRAINED_MODELS
+from autoencoder import PUBLISHED_VAES, resolve_vae
 from images import make_folder, save_image, to_uint8
 from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
 from sampler import (
@@ -31,7 +30,6 @@ from sampler import (
     add_sampling_arguments,
     add_speed_arguments,
     check_cuda_graphs,
-    check_sampling_options,
     published_checkpoint,
     sampling_options,
 )
@@ -48,24 +46,21 @@ def main(args):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.global_seed < 2**63:
         raise UserError(f"--global-seed {args.global_seed}: must be 0 or more, below 2^63")
-    if not args.tf32 and args.precision == "tf32":
-        raise UserError("--no-tf32: contradicts --precision tf32; leave one out")
+    if not args.tf32 and args.precision not in (None, "fp32"):
+        raise UserError(f"--no-tf32: contradicts --precision {args.precision}; leave one out")
     check_cuda_graphs(args.cuda_graphs)
     options = sampling_options(args)
-    check_sampling_options(options)
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
-    if args.dry_run and args.ckpt in PRETRAINED_MODELS:
-        print(f"Would sample {args.ckpt}; options are sound, nothing was written.")
-        return
     processes = start_processes()
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
         num_classes=args.num_classes, vae=args.vae, guide=args.guide, defaults=dict(cfg_scale=CFG_SCALE),
     )  # fmt: skip
     options = plan.check(**options)
-    if plan.image_channels not in (1, 3):
-        raise UserError(f"--ckpt {args.ckpt}: images of {plan.image_channels} channels make no pictures")
+    plan.check_pictures()
+    if args.labels == "balanced" and not plan.model_config["num_classes"]:
+        raise UserError("--labels balanced: this model is unconditional; leave it out")
     if args.dry_run:
         print(f"Would sample to {folder_name(args, plan, options)}; options are sound, nothing was written.")
         return
@@ -147,7 +142,7 @@ def begin(args, plan, options, precision, archive):
     settings = dict(
         weights=fingerprint(plan.checkpoint.state_dict(args.weights)), which_weights=args.weights,
         guide=plan.guide and fingerprint(plan.guide.checkpoint.state_dict()),
-        model=plan.model_config, process=plan.process.config, vae=plan.vae, **options,
+        model=plan.model_config, process=plan.process.config, vae=resolve_vae(plan.vae), **options,
         global_seed=args.global_seed, labels=args.labels, num_fid_samples=args.num_fid_samples,
         per_proc_batch_size=args.per_proc_batch_size, precision=precision, compile=args.compile, png=args.png,
     )  # fmt: skip

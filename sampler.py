@@ -11,6 +11,8 @@ drawn in this order, on the CPU. So an image depends on its seed alone, not on i
 
 import argparse
 import math
+import os
+from functools import cached_property
 from numbers import Integral
 
 import torch
@@ -31,6 +33,7 @@ from runtime import UserError, add_precision_argument, blame
 DEFAULTS = dict(cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedule="constant")
 # Steps of a sampler that is asked for in place of the default one:
 STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25", "sde": "250"}
+PUBLISHED_SIZES = {"DiT-XL-2-256x256.pt": 256, "DiT-XL-2-512x512.pt": 512}  # pixels
 FRAMES = 32  # of a trajectory, after the noise
 
 
@@ -159,6 +162,8 @@ class Sampler:
             cfg_schedule=cfg_schedule, steps=steps, sampler=sampler,
         )  # fmt: skip
         if published_draws:
+            if labels is None and self.model.num_classes:
+                raise UserError("published_draws: the published script draws no labels; give them")
             check_published_draws(seeds, options)
             batch_size = count
         total = self.process.count_steps(options["sampler"], options["steps"])
@@ -273,7 +278,8 @@ class Sampler:
 
 
 class Plan:
-    """A checkpoint of which only the small parts are read, so that requests can be checked before any work.
+    """A checkpoint of which only the small parts are read, so that requests can be checked before any work;
+    of published weights nothing, until they are needed.
 
     weights                          "ema" or "raw"
     model, image_size, num_classes   what the caller holds it to be; None leaves it to the checkpoint
@@ -299,13 +305,16 @@ class Plan:
         defaults=None,
         flag="--ckpt",
     ):
-        self.path, self.weights = find_file(path, flag), weights
-        self.checkpoint = checkpoint.load(self.path, flag)
-        kept = self.checkpoint.config
+        self.path, self.weights, self.flag = path, weights, flag
+        if path in PRETRAINED_MODELS and not os.path.exists(path):
+            kept, described = {}, checkpoint.Checkpoint(path, {}, dict(model=published_config(path)))
+        else:
+            self.checkpoint.state_dict(weights)  # which it may not have
+            kept, described = self.checkpoint.config, self.checkpoint
         self.vae = vae or kept.get("autoencoder", {}).get("vae") or default_vae
         # How many channels the images have shows in the model alone where there is no VAE:
         channels, factor, image_channels = describe_vae(self.vae, image_channels=None)
-        self.model_config = self.checkpoint.model_config(
+        self.model_config = described.model_config(
             model=model, image_size=image_size, num_classes=num_classes, factor=factor
         )
         in_channels = self.model_config["in_channels"]
@@ -321,6 +330,11 @@ class Plan:
         self.classes = kept.get("data", {}).get("classes")  # their names
         self.guide = guide and self._check_guide(Plan(guide, vae=self.vae, flag="--guide"))
 
+    @cached_property
+    def checkpoint(self):
+        """The file itself, which published weights are fetched for."""
+        return checkpoint.load(find_file(self.path, self.flag), self.flag)
+
     def _check_guide(self, guide):
         for name in ("input_size", "in_channels", "num_classes"):
             mine, other = self.model_config[name], guide.model_config[name]
@@ -335,6 +349,13 @@ class Plan:
         return settle_options(
             self.model_config, self.process, self.defaults, has_guide=self.guide is not None, **options
         )
+
+    def check_pictures(self):
+        """Raise UserError where its images are neither grey nor RGB."""
+        if self.image_channels not in (1, 3):
+            raise UserError(
+                f"{self.flag} {self.path}: images of {self.image_channels} channels make no pictures"
+            )
 
     def build(self, device=None, precision=None, compile=False, cuda_graphs=False):
         """The Sampler, with all weights loaded.
@@ -380,6 +401,8 @@ def settle_options(model_config, process, defaults, *, labels=None, has_guide=Fa
     }
     if not guidable:
         options["cfg_scale"] = 1.0
+    if has_guide and given.get("cfg_scale") is None and options["cfg_scale"] == 1:
+        raise UserError("--guide: this run samples with --cfg-scale 1, where nothing guides; give another")
     if given.get("steps") is None and options["sampler"] != defaults["sampler"]:
         options["steps"] = STEPS.get(options["sampler"])
     channels = model_config["in_channels"]
@@ -431,9 +454,8 @@ def check_labels(labels, num_classes):
             raise UserError(f"--class-labels {label}: must be between 0 and {num_classes - 1}")
 
 
-def check_sampling_options(options, process=None):
-    """Raise UserError for options (a dict, None for not given) that no model can serve, or not this
-    process."""
+def check_sampling_options(options, process):
+    """Raise UserError for options (a dict, None for not given) that this process cannot serve."""
     scale, interval, sampler = options["cfg_scale"], options["cfg_interval"], options["sampler"]
     if scale is not None and not 0 <= scale < math.inf:
         raise UserError(f"--cfg-scale {scale}: must be 0 or more; 1 is without guidance")
@@ -444,11 +466,6 @@ def check_sampling_options(options, process=None):
             Guidance(1.0, 0, interval=tuple(interval))
     with blame("--cfg-schedule"):
         Guidance(1.0, 0, schedule=options["cfg_schedule"] or "constant")
-    if process is None:
-        process = create_diffusion(None)
-        sampler = sampler or process.sampling["sampler"]
-        if sampler not in process.samplers:
-            return  # another process's; it will say
     if sampler not in process.samplers:
         raise UserError(f"--sampler {sampler}: this model has {', '.join(process.samplers)}")
     with blame(f"--num-sampling-steps {options['steps']}"):
@@ -483,12 +500,18 @@ def published_checkpoint(args):
     if args.model not in (None, "DiT-XL/2"):
         raise UserError(f"--model {args.model}: only DiT-XL/2 is published; give --ckpt")
     image_size = 256 if args.image_size is None else args.image_size
-    name = f"DiT-XL-2-{image_size}x{image_size}.pt"
-    if name not in PRETRAINED_MODELS:
+    name = next((name for name, size in PUBLISHED_SIZES.items() if size == image_size), None)
+    if name is None:
         raise UserError(f"--image-size {image_size}: published weights are for 256 and 512; give --ckpt")
     if args.num_classes not in (None, 1000):
         raise UserError(f"--num-classes {args.num_classes}: the published weights have 1000; give --ckpt")
     return name
+
+
+def published_config(name):
+    """The full arguments of DiT for published weights by name."""
+    with torch.device("meta"):
+        return DiT_models["DiT-XL/2"](input_size=PUBLISHED_SIZES[name] // 8).config
 
 
 def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):

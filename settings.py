@@ -172,9 +172,10 @@ def check_data(args, dataset):
     if 0 < args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
     if args.num_classes == 0 or args.class_dropout_prob == 0:
-        if "cfg_scale" in args.by_hand and args.cfg_scale != 1:
-            why = "without label dropout" if args.num_classes else "in an unconditional model"
-            raise UserError(f"--cfg-scale {args.cfg_scale}: {why} there is nothing to guide; leave it out")
+        why = "without label dropout" if args.num_classes else "in an unconditional model"
+        for name, scales in (("cfg_scale", [args.cfg_scale]), ("sample_cfg_scales", args.sample_cfg_scales)):
+            for scale in scales or () if name in args.by_hand else ():
+                _require(args, name, scale == 1, f"{why} there is nothing to guide; leave it out")
         args.cfg_scale = 1.0
         args.sample_cfg_scales = None
     available = len(dataset) - (held_out_count(len(dataset)) if args.eval_every else 0)

@@ -8,6 +8,7 @@ is its derivative, alpha'(t) data + sigma'(t) noise.
 """
 
 import math
+import operator
 
 import torch
 
@@ -195,8 +196,9 @@ class FlowMatching:
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r}: a flow has {', '.join(self.samplers)}")
         try:
-            count = 50 if steps is None else int(steps)
-        except ValueError:
+            steps = 50 if steps is None else steps
+            count = int(steps) if isinstance(steps, str) else operator.index(steps)
+        except (ValueError, TypeError):
             raise ValueError(f"{steps!r} is not a number of steps") from None
         if count < 1:
             raise ValueError(f"{count} steps: there must be at least 1")

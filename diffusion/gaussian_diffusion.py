@@ -10,6 +10,7 @@ Tables are float64 numpy arrays, computed once and read as float32 from a copy o
 
 import enum
 import math
+import operator
 from collections import deque
 
 import numpy as np
@@ -369,15 +370,17 @@ class GaussianDiffusion:
         do."""
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r}: a diffusion has {', '.join(self.samplers)}")
-        if steps is None:
-            return self.num_timesteps
         if sampler in SPACED_SAMPLERS:
             from .respace import space_timesteps
 
-            return len(space_timesteps(self.original_num_steps, steps))
+            return (
+                self.num_timesteps if steps is None else len(space_timesteps(self.original_num_steps, steps))
+            )
+        if steps is None:
+            return min(self.num_timesteps, self.original_num_steps - 1)
         try:
-            count = int(steps)
-        except ValueError:
+            count = int(steps) if isinstance(steps, str) else operator.index(steps)
+        except (ValueError, TypeError):
             raise ValueError(f"{steps!r} is not a number of steps, and {sampler} takes no other") from None
         if not 1 <= count < self.original_num_steps:
             raise ValueError(f"{count} steps: must be between 1 and {self.original_num_steps - 1}")

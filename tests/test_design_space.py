@@ -15,6 +15,7 @@ import checkpoint
 import sample
 from blocks import BLOCKS
 from diffusion import Guidance, create_diffusion, create_flow
+from models import DiT_models
 from runtime import UserError, launch
 from sampler import Sampler
 
@@ -156,17 +157,18 @@ def test_guides_that_do_not_fit(tmp_path):
 # SiT's weights
 
 
-def test_sit_s_weights_become_a_flow(tmp_path, monkeypatch, golden):
+@pytest.mark.parametrize("suffix", ["sit.safetensors", "out.pt"])
+def test_sit_s_weights_become_a_flow(tmp_path, monkeypatch, golden, suffix):
     """Exported with --sit, a bare state dict is sampled as the flow that SiT published."""
-    model = load_rule_weights(build_tiny(), 0.1)
-    torch.save(dict(ema=model.state_dict(), config=dict(model=model.config)), tmp_path / "sit.pt")
-    out = tmp_path / "sit.safetensors"
+    model = load_rule_weights(DiT_models["DiT-S/8"](input_size=16, num_classes=10), 0.1)
+    torch.save(model.state_dict(), tmp_path / "sit.pt")
+    out = tmp_path / suffix
     argv = ["checkpoint.py", "export", "--ckpt", tmp_path / "sit.pt", "--sit", "--vae", "none", "--out", out]
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     launch(checkpoint.main, checkpoint.build_parser())
     sampler = Sampler.from_checkpoint(str(out), device="cpu")
     assert sampler.process.config == create_flow(time_scale=1.0, published_sit=True).config
-    z = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 4, 8, 8), dtype=np.float32))
+    z = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 4, 16, 16), dtype=np.float32))
     options = dict(sampler="euler", steps=10, model_kwargs=dict(y=torch.tensor([0, 3, 9, 5])))
     expected = create_flow(time_scale=1.0, published_sit=True).sample(model.eval(), z, **options)
     assert torch.equal(sampler.process.sample(sampler.model, z, **options), expected)

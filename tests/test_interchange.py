@@ -142,6 +142,17 @@ def test_other_configs_are_refused(ckpt, tmp_path, monkeypatch):
     path.write_text(json.dumps(dict(config, beta_schedule="squaredcos_cap_v2")))
     found = checkpoint.load(str(tmp_path / "pipeline"))
     assert found.config["process"]["noise_schedule"] == "squaredcos_cap_v2"
+    for other in (
+        dict(num_train_timesteps=500),
+        dict(trained_betas=[0.1]),
+        dict(rescale_betas_zero_snr=True),
+    ):
+        path.write_text(json.dumps({**config, **other}))
+        with pytest.raises(UserError, match="of other than 1000 steps|trained_betas|rescale_betas_zero_snr"):
+            checkpoint.load(str(tmp_path / "pipeline"))
+    path.write_text("{bad")
+    with pytest.raises(UserError, match="scheduler_config.json: is damaged"):
+        checkpoint.load(str(tmp_path / "pipeline"))
     with pytest.raises(UserError, match="not a DiT that diffusers saved"):
         checkpoint.load(str(tmp_path / "vae"))
 

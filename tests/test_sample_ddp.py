@@ -19,7 +19,7 @@ import archive as archive_module
 import checkpoint
 import sample_ddp
 from archive import SampleArchive
-from diffusion import create_diffusion
+from diffusion import create_diffusion, create_flow
 from runtime import launch
 from sampler import Sampler
 
@@ -217,6 +217,11 @@ def test_no_room(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a.npz: needs 9.8 GB and 0.0 GB are free; make room"):
         store.begin()
     assert not list(tmp_path.glob("*.npz*"))
+    with open(tmp_path / "a.npz.part", "wb") as file:  # an earlier run's, of which nothing is written yet
+        file.truncate(store.offset + 50_000 * store.image_bytes)
+    store.lock.release()
+    with pytest.raises(ValueError, match=r"needs 9.8 GB and 0.0 GB are free"):
+        store.begin()
 
 
 def sample_random_images():
@@ -299,6 +304,9 @@ def refusal(monkeypatch, capsys, *args):
             "--num-sampling-steps ddim50: 'ddim50' is not",
         ),
         (["--no-tf32", "--precision", "tf32"], "--no-tf32: contradicts --precision tf32"),
+        (["--no-tf32", "--precision", "bf16"], "--no-tf32: contradicts --precision bf16"),
+        (["--ckpt", "DiT-XL-2-256x256.pt", "--dry-run", "--sampler", "sde"], "--sampler sde: this model has"),
+        (["--ckpt", "DiT-XL-2-256x256.pt", "--dry-run", "--cfg-channels", 0], "--cfg-channels 0: must be"),
         (["--labels", "sorted"], "argument --labels: invalid choice: 'sorted'"),
         (["--image-size", 16], "--image-size 16: "),
     ],
@@ -306,6 +314,18 @@ def refusal(monkeypatch, capsys, *args):
 def test_refused_before_any_work(ckpt, tmp_path, monkeypatch, capsys, more, message):
     assert refusal(monkeypatch, capsys, *argv(ckpt, tmp_path / "samples"), *more).startswith(message)
     assert not (tmp_path / "samples").exists()
+
+
+def test_options_are_judged_by_the_checkpoint_s_process(tmp_path, monkeypatch, capsys):
+    model = build_tiny(in_channels=3, learn_sigma=False, num_classes=0)
+    config = dict(model=model.config, process=create_flow().config, autoencoder=dict(vae="none", channels=3))
+    checkpoint.save(str(tmp_path / "flow.pt"), dict(ema=model.state_dict(), config=config))
+    dry = ["--dry-run", "--ckpt", tmp_path / "flow.pt"]
+    run(monkeypatch, *dry, "--num-sampling-steps", 2000)
+    assert "options are sound" in capsys.readouterr().out
+    assert refusal(monkeypatch, capsys, *dry, "--labels", "balanced").startswith(
+        "--labels balanced: this model"
+    )
 
 
 @pytest.mark.parametrize(

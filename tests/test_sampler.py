@@ -1,5 +1,6 @@
 """sampler.py and sample.py: an image depends on its seed and label alone; bad requests are refused first."""
 
+import os
 import re
 import sys
 
@@ -171,6 +172,19 @@ def test_refused_requests(options, call, message):
         tiny_sampler(**options).sample(**call)
 
 
+def test_a_guide_that_would_guide_nothing():
+    model = build_tiny(in_channels=3, learn_sigma=False, num_classes=0)
+    sampler = Sampler(model, device="cpu", defaults=dict(cfg_scale=1.0, steps="2"), guide=model)
+    with pytest.raises(UserError, match="--guide: this run samples with --cfg-scale 1, where nothing guides"):
+        sampler.sample(1)
+    assert sampler.sample(1, cfg_scale=2).shape == sampler.sample(1, cfg_scale=1).shape
+
+
+def test_published_draws_need_labels():
+    with pytest.raises(UserError, match="published_draws: the published script draws no labels"):
+        tiny_sampler().sample(2, published_draws=True)
+
+
 def test_grid_enlarges_tiny_images(tmp_path):
     images = torch.zeros(6, 1, 8, 8)
     images[4, 0, 2:6, 3:] = 1
@@ -325,6 +339,21 @@ def test_labels_by_default(ckpt, monkeypatch, capsys):
         (["--image-size", "300"], "--image-size 300: published weights are for 256 and 512"),
         (["--num-classes", "10"], "--num-classes 10: the published weights have 1000"),
         (["--class-labels", "1000"], "--class-labels 1000: must be between 0 and 999"),
+        # Of published weights, before they are fetched:
+        (["--dry-run", "--seed", "1", "2", "3"], "--seed: 3 seeds for 8 samples"),
+        (["--dry-run", "--sampler", "sde"], "--sampler sde: this model has ddpm, ddim, dpm++, euler, heun"),
+        (["--dry-run", "--cfg-channels", "9"], "--cfg-channels 9: must be between 1 and 4, or all"),
+        (["--dry-run", "--published-draws", "--sampler", "ddim"], "the published script samples by ddpm"),
+        (["--dry-run", "--guide", "no.pt"], "--guide no.pt: no such file"),
+        (["--dry-run", "--vae", "nosuch"], "--vae nosuch: no such folder"),
+        (["--ckpt", "DiT-XL-2-512x512.pt", "--image-size", "256"], "DiT-XL-2-512x512.pt is for 512x512"),
+        (["--ckpt", "DiT-XL-2-512x512.pt", "--num-classes", "7"], "DiT-XL-2-512x512.pt has 1000"),
+        (
+            ["--ckpt", "DiT-XL-2-512x512.pt", "--model", "DiT-S/8"],
+            "--model DiT-S/8: DiT-XL-2-512x512.pt holds",
+        ),
+        (["--ckpt", "run.pt", "--class-labels", "+-5"], "--class-labels '+-5': no such class"),
+        (["--cuda-graphs"], "--cuda-graphs: needs a GPU, this is the cpu"),
     ],
 )
 def test_refused_commands(ckpt, monkeypatch, capsys, argv, message):
@@ -333,3 +362,24 @@ def test_refused_commands(ckpt, monkeypatch, capsys, argv, message):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("sample.py: error: ") and message in error and error.count("\n") == 1
+
+
+def test_what_makes_no_picture(ckpt, tmp_path, monkeypatch, capsys):
+    model = build_tiny(in_channels=4, learn_sigma=False)
+    config = dict(model=model.config, process=create_diffusion(None, learn_sigma=False).config,
+                  autoencoder=dict(vae="none", channels=4))  # fmt: skip
+    checkpoint.save("four.pt", dict(ema=model.state_dict(), config=config))
+    os.mkdir("sample.png")
+    for argv, message in (
+        (["--ckpt", "four.pt"], "--ckpt four.pt: images of 4 channels make no pictures"),
+        (["--ckpt", ckpt], "sample.png: is a folder; remove it"),
+    ):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *argv)
+        assert message in capsys.readouterr().err
+    os.rmdir("sample.png")
+    best = checkpoint.load(ckpt).contents
+    checkpoint.save("best.pt", dict(ema=best["ema"], config=best["config"]))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--ckpt", "best.pt", "--weights", "raw", "--dry-run")
+    assert "--weights raw: best.pt holds averaged weights alone" in capsys.readouterr().err

@@ -211,7 +211,17 @@ def test_deterministic_samplers_draw_nothing():
         assert len(draws) == (5 if sampler == "ddpm" else 0)
 
 
-@pytest.mark.parametrize("steps", ["ddim50", "10,20", 0, -3, 1000, "x"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "euler", "heun"])
+def test_as_many_steps_as_there_are(sampler):
+    process = create_diffusion(
+        None, learn_sigma=False, noise_schedule="squaredcos_cap_v2", diffusion_steps=20
+    )
+    x = process.sample(lambda x, t: 0 * x, torch.ones(1, 1, 2, 2), sampler=sampler)
+    assert torch.isfinite(x).all()
+    assert process.count_steps(sampler) == (20 if sampler in ("ddpm", "ddim") else 19)
+
+
+@pytest.mark.parametrize("steps", ["ddim50", "10,20", 0, -3, 1000, "x", 2.9, [10]])
 def test_impossible_steps_of_solvers(steps):
     with pytest.raises(ValueError, match="steps"):
         create_diffusion(None).sample(lambda x, t: x, torch.zeros(1, 1, 2, 2), sampler="dpm++", steps=steps)
