@@ -80,12 +80,16 @@ def test_numbers_add_up(monkeypatch, tmp_path, capsys):
     assert "train, DiT-S/8, 64 px, batch 3" in printed and f"{rows[3]['ratio']:.2f}" in printed
 
 
-def test_every_stage(monkeypatch, tmp_path):
-    modes = ["decode", "encode", "features", "images", "latents", "write"]
+@pytest.mark.parametrize(
+    "modes",
+    [["decode", "images", "latents", "write"], pytest.param(["encode", "features"], marks=pytest.mark.slow)],
+)
+def test_every_stage(monkeypatch, tmp_path, modes):
     report = measure(monkeypatch, tmp_path, "--mode", *modes, "--image-size", 64, "--batch", 2, *BRIEF)
-    assert [row["mode"] for row in report["rows"]] == [*modes, "write"]
+    assert list(dict.fromkeys(row["mode"] for row in report["rows"])) == modes
     assert all(row["images_per_sec"] > 0 for row in report["rows"])
-    assert all((row["flops"] or 0) > 1e9 for row in report["rows"][:3])
+    for row in report["rows"]:
+        assert row["mode"] in ("images", "latents", "write") or row["flops"] > 1e9
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from forked import finish, rows, start, start_two
 from test_autoencoder import save_vae
 from test_data import write_image
 
+import extract_features
 from autoencoder import load_autoencoder
 from data import MANIFEST, LatentCache, open_dataset
 from extract_features import shard_size
-from runtime import UserError
+from runtime import UserError, launch
 
 COUNT = 150  # images, in shards of three
 
@@ -148,11 +150,14 @@ def test_damaged_caches(source, cache, tmp_path):
         LatentCache(str(tmp_path))
 
 
-def test_refused_extractions(source, cache, tmp_path):
+def test_refused_extractions(source, cache, tmp_path, monkeypatch, capsys):
     def refusal(*argv):
-        run = start([*arguments(source, tmp_path / "f"), *argv], tmp_path / "out", command="extract_features")
-        assert finish(run) == [2]
-        return (tmp_path / "out").read_text().splitlines()[-1]
+        words = ["extract_features.py", *arguments(source, tmp_path / "f"), *argv]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit) as stopped:
+            launch(extract_features.main, extract_features.build_parser())
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
 
     assert "must be divisible by 4 (the VAE's downsampling)" in refusal("--image-size", 18)
     assert "--vae none: pixels need no cache" in refusal("--vae", "none")
