@@ -214,6 +214,8 @@ def measure(group, args, processes):
             once = timed(workload, 1, processes)
         except torch.OutOfMemoryError:
             row["failed"], workload = "out of memory", None
+        if "failed" in row:  # out here, where the exception's frames no longer hold tensors
+            gc.collect()
             torch.cuda.empty_cache()
             continue
         steps = processes.broadcast(max(1, round(args.seconds / once)))
