@@ -71,11 +71,16 @@ SIZES_ALONE = MODES[2:]  # whose speed no DiT bears on
 def main(args):
     """Measure speed."""
     check_options(args)
-    report = run_with_processes(args) if args.processes != [1] else run(args, start_processes())
-    if report:
-        with whole_file(args.out) as file:
-            json.dump(dict(command=sys.argv[1:], **report), file, indent=1)
-        print(f"Saved {args.out}")
+    if args.processes == [1]:
+        run(args, start_processes())
+    else:
+        run_with_processes(args)
+
+
+def save(args, machine, rows):
+    """Write all numbers so far."""
+    with whole_file(args.out) as file:
+        json.dump(dict(command=sys.argv[1:], **machine, rows=rows), file, indent=1)
 
 
 def check_options(args):
@@ -95,8 +100,8 @@ def check_options(args):
         raise UserError(f"--out {args.out}: cannot be written there")
 
 
-def run(args, processes):
-    """All measurements asked for, printed as they come; a dict of them, on the main process."""
+def run(args, processes, earlier=()):
+    """All measurements asked for, printed and saved as they come, behind earlier rows; returns the rows."""
     device, machine = processes.device, {}
     precisions = args.precision or [set_precision(None, device)]
     for precision in precisions:
@@ -112,12 +117,16 @@ def run(args, processes):
             if processes.is_main:
                 print_row(row, heading=not rows and row is found[0])
         rows += found
-    return dict(machine, rows=rows) if processes.is_main else None
+        if processes.is_main:
+            save(args, machine, [*earlier, *rows])
+    if processes.is_main:
+        print(f"Saved {args.out}")
+    return rows
 
 
 def run_with_processes(args):
     """The same by 1, 2, … processes of this machine, and how the number of images grows with them."""
-    reports = []
+    reports = []  # rows, a list each
     for count in args.processes:
         print(f"\n{count} process{'es' if count > 1 else ''}:", flush=True)
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
@@ -126,23 +135,23 @@ def run_with_processes(args):
             max_restarts=0, run_id="benchmark",
         )  # fmt: skip
         try:
-            reports.append(elastic_launch(config, run_as_one)(args)[0])
+            earlier = [row for rows in reports for row in rows]
+            reports.append(elastic_launch(config, run_as_one)(args, earlier)[0])
         except ChildFailedError as error:
             raise UserError(f"--processes {count}: failed, see above") from error
     print("\nimages/s of all processes, relative to the first count:")
-    for rows in zip(*(found["rows"] for found in reports)):
+    for rows in zip(*reports):
         first = rows[0]["images_per_sec"]
         speeds = (f"{row['processes']}: {row['images_per_sec']:.3g} ({row['images_per_sec'] / first:.2f}x)"
                   for row in rows if first and row["images_per_sec"])  # fmt: skip
         print(f"{describe(rows[0])}, {rows[0]['way']}    {',  '.join(speeds)}")
-    return dict(reports[0], rows=[row for found in reports for row in found["rows"]])
 
 
-def run_as_one(args):
+def run_as_one(args, earlier):
     """run, in one of several processes that torch.distributed started."""
-    report = run(args, start_processes())
+    rows = run(args, start_processes(), earlier)
     leave_group()
-    return report
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -163,10 +172,15 @@ def groups(args, precisions, device):
 
 def ways(mode, setting, args, precisions, device):
     """Yield (name, Setting, class) for every way of doing this."""
-    simple = dict(encode=workloads.Encode, decode=workloads.Decode, features=workloads.Features,
-                  latents=workloads.ReadLatents, images=workloads.ReadImages)  # fmt: skip
+    if mode in ("encode", "decode"):  # never in bf16, but in what that leaves
+        build = workloads.Encode if mode == "encode" else workloads.Decode
+        rest = set_precision(None, device)
+        for precision in dict.fromkeys("fp32" if given == "fp32" else rest for given in precisions):
+            yield precision, replace(setting, precision=precision), build
+        return
+    simple = dict(features=workloads.Features, latents=workloads.ReadLatents, images=workloads.ReadImages)
     if mode in simple:
-        yield setting.precision if mode in ("encode", "decode") else "", setting, simple[mode]
+        yield "", replace(setting, precision="fp32"), simple[mode]
         return
     if mode == "write":
         yield "npz", setting, partial(workloads.Write, png=False)
@@ -207,20 +221,19 @@ def measure(group, args, processes):
     for name, (mode, setting, build) in group.items():
         row = dict(mode=mode, way=name, **vars(setting), windows=[], memory_gib=None)
         rows.append(row)
-        before = memory.held()
+        before = memory.held(setting.cuda_graphs)
         try:
             workload = build(setting, processes)
             first = timed(workload, 1, processes)
-            once = timed(workload, 1, processes)
+            steps = window(workload, args.seconds, processes)
         except torch.OutOfMemoryError:
             row["failed"], workload = "out of memory", None
         if "failed" in row:  # out here, where the exception's frames no longer hold tensors
             gc.collect()
             torch.cuda.empty_cache()
             continue
-        steps = processes.broadcast(max(1, round(args.seconds / once)))
         row |= dict(first_step_s=first, steps=steps, images=workload.images, flops=workload.flops)
-        built[name] = workload, row, memory.held() - before
+        built[name] = workload, row, memory.held(setting.cuda_graphs) - before
     turns = [(name, turn) for turn in range(args.repeats) for name in built]
     try:
         for name, _ in tqdm(
@@ -257,13 +270,25 @@ def timed(workload, steps, processes):
     return time.perf_counter() - start
 
 
+def window(workload, seconds, processes):
+    """How many steps take this long."""
+    steps = 1
+    # A step may have been read ahead already, or be over before a clock can tell:
+    while (took := processes.broadcast(timed(workload, steps, processes))) < seconds / 2:
+        steps *= 2
+    return max(1, round(seconds * steps / took))
+
+
 class Memory:
     """What this process holds, in bytes: on the GPU, or else of the machine."""
 
     def __init__(self, device):
         self.on_gpu = device.type == "cuda"
 
-    def held(self):
+    def held(self, recorded=False):
+        if self.on_gpu and recorded:  # what CUDA graphs work in, they reserve, and count as free
+            torch.cuda.empty_cache()
+            return torch.cuda.memory_reserved()
         if self.on_gpu:
             return torch.cuda.memory_allocated()
         with contextlib.suppress(OSError, AttributeError):
@@ -323,7 +348,8 @@ def describe_machine(device, precisions):
         if os.path.exists("/proc/cpuinfo"):
             with open("/proc/cpuinfo") as file:
                 name = next((line.split(":")[1].strip() for line in file if "model name" in line), name)
-    rates = {precision: matmul_rate(device, precision) for precision in dict.fromkeys([*precisions, "fp32"])}
+    needed = dict.fromkeys([*precisions, set_precision(None, device), "fp32"])
+    rates = {precision: matmul_rate(device, precision) for precision in needed}
     return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__,
                 date=date.today().isoformat(), matmul_flops=rates)  # fmt: skip
 

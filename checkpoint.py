@@ -66,11 +66,15 @@ def save(path, contents):
 
 def numbered(folder):
     """The checkpoints of a folder, {step: path}, by step."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    names = sorted(filter(re.compile(r"\d+(\.pt)?").fullmatch, names), reverse=True)
+    names = sorted(_names(folder), reverse=True)
     # Where a folder of shards has been exported beside itself, the folder is the run's, and comes last:
     found = {int(name.removesuffix(".pt")): name for name in names}
     return {step: os.path.join(folder, found[step]) for step in sorted(found)}
+
+
+def _names(folder):
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return list(filter(re.compile(r"\d+(\.pt)?").fullmatch, names))
 
 
 def step_of(path):
@@ -99,9 +103,12 @@ def latest(folder):
 
 def set_aside(folder, step):
     """Rename the checkpoints after a step, damaged or no longer wanted, so that nothing counts them."""
-    for later, path in numbered(folder).items():
-        if later > step:
-            os.replace(path, f"{path}.unused")
+    for name in _names(folder):
+        if step_of(name) > step:
+            aside = os.path.join(folder, f"{name}.unused")
+            if os.path.isdir(aside):  # of an earlier time; a file is replaced, a folder is not
+                _remove(aside)
+            os.replace(os.path.join(folder, name), aside)
 
 
 def retain(folder, count):

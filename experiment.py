@@ -31,6 +31,8 @@ EXECUTION = {
     "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
 }  # fmt: skip
 
+FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
+
 # The name of the checkpoint that is not numbered, so that retention passes it over:
 BEST = "best.pt"
 
@@ -56,7 +58,7 @@ class Experiment:
             elif args.resume == "never":
                 self.folder = None
             else:
-                self.folder, self.resumed = self._given(args.resume)
+                self.folder, self.resumed = self._given(args)
             if self.folder is None:
                 self.folder = self._create(args)
             else:
@@ -71,6 +73,8 @@ class Experiment:
         checkpoint.retain(self.checkpoints, 0)
         checkpoint.set_aside(self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0)
         self._write_settings(args)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.folder, FINISHED))
 
     @property
     def checkpoints(self):
@@ -103,14 +107,15 @@ class Experiment:
             folder = os.path.join(args.results_dir, name)
             settings = read_settings(folder)
             same = settings is not None and settings == comparable(vars(args))
-            if same and not os.path.exists(os.path.join(folder, ".finished")) and self._acquire(folder):
+            if same and not os.path.exists(os.path.join(folder, FINISHED)) and self._acquire(folder):
                 return folder
         return None
 
-    def _given(self, path):
-        """The folder of --resume PATH, a run's or one of its checkpoints', and that checkpoint."""
-        named, folder = None, path
-        if os.path.basename(os.path.dirname(os.path.abspath(path))) == "checkpoints" and os.path.exists(path):
+    def _given(self, args):
+        """The folder of --resume PATH, a run's or one of its checkpoints', and that checkpoint, unless it
+        was gone back to before: then None, since what is newer came from it."""
+        path, named, folder = args.resume, None, args.resume
+        if os.path.basename(os.path.dirname(os.path.abspath(path))) == "checkpoints":
             if os.path.basename(path) == BEST:
                 raise UserError(
                     f"--resume {path}: holds averaged weights alone; give a numbered checkpoint, or give this"
@@ -118,7 +123,10 @@ class Experiment:
                 )
             if not re.fullmatch(r"\d+(\.pt)?", os.path.basename(os.path.abspath(path))):
                 raise UserError(f"--resume {path}: set aside; rename it to a number, as 0050000.pt, first")
-            named, folder = path, os.path.dirname(os.path.dirname(os.path.abspath(path)))
+            folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+            named = None if is_repeated(folder, args) else path
+            if named and not os.path.exists(named):
+                raise UserError(f"--resume {path}: no such checkpoint; give one of that folder's")
         if read_settings(folder) is None:
             raise UserError(
                 f"--resume {path}: no run's folder (no args.json); give results/NNN-…, auto or never"
@@ -152,7 +160,7 @@ class Experiment:
 
     def finish(self):
         """Mark the run as finished: the same command then starts a new one."""
-        with open(os.path.join(self.folder, ".finished"), "w"):
+        with open(os.path.join(self.folder, FINISHED), "w"):
             pass
         self.lock.release()
 
@@ -162,13 +170,20 @@ def comparable(settings):
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in EXECUTION}))
 
 
-def read_settings(folder):
-    """The comparable settings of a run's folder, or None where it is none."""
+def read_settings(folder, select=comparable):
+    """The comparable settings of a run's folder, or others of them; None where it is no such folder."""
     try:
         with open(os.path.join(folder, "args.json")) as file:
-            return comparable(json.load(file))
+            return select(json.load(file))
     except (OSError, json.JSONDecodeError):
         return None
+
+
+def is_repeated(folder, args):
+    """Whether the run in this folder was last continued as these options say, and has not finished."""
+    same = read_settings(folder) == comparable(vars(args))
+    last = read_settings(folder, lambda settings: settings.get("resume"))
+    return same and last == args.resume and not os.path.exists(os.path.join(folder, FINISHED))
 
 
 class Best:

@@ -13,7 +13,7 @@ class Graphed:
     WARM_UP = 3  # passes before the recording, in which libraries choose their kernels and compilers compile
 
     def __init__(self, model):
-        self.model, self.recorded, self.pool = model, {}, None
+        self.model, self.recorded, self.pool, self.stream = model, {}, None, None
 
     def __call__(self, x, t, y=None):
         """As the model's."""
@@ -30,14 +30,15 @@ class Graphed:
     @torch.no_grad()
     def _record(self, args):
         inputs = [arg.clone() for arg in args]
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # recording forbids the default one
-            for _ in range(self.WARM_UP):
-                self.model(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = self.model(*inputs)
+        with torch.cuda.device(inputs[0].device):  # which need not be the process's first
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.stream = self.stream or torch.cuda.Stream()  # recording forbids the default one
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(self.WARM_UP):
+                    self.model(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                output = self.model(*inputs)
         return graph, inputs, output

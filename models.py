@@ -227,6 +227,13 @@ class DiT(nn.Module):
         self.blocks.bfloat16()
         return self
 
+    def compile_blocks(self):
+        """Compile the blocks, for every shape that they meet."""
+        # A notebook tries more batch sizes than the eight shapes after which the compiler refuses another:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
     @property
     def block_dtype(self):
         """The type of the blocks' weights."""

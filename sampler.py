@@ -377,8 +377,7 @@ class Plan:
         if precision == "bf16":
             network.store_bfloat16()
         if compile:
-            for block in network.blocks:
-                block.compile(fullgraph=True, dynamic=False)
+            network.compile_blocks()
         return network
 
 

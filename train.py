@@ -203,7 +203,8 @@ def main(args):
             signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
             if signalled or unreadable:
                 path = save(step - 1) if step - 1 > saved else path
-                end_early(problems, unreadable, step - 1, path, logger)
+                again = f"give --resume {folder}" if args.resume == "never" else "run the same command again"
+                end_early(problems, unreadable, step - 1, path, again, logger)
                 return
             meter.add_skipped(len(problems))
 
@@ -458,8 +459,7 @@ def prepare(model, ema, args, processes):
     processes."""
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+        model.compile_blocks()
     if args.shard:
         sharding.shard(ema)
         return sharding.shard(model)
@@ -541,12 +541,12 @@ def write_checkpoint(experiment, step, state):
     return path
 
 
-def end_early(problems, unreadable, step, path, logger):
+def end_early(problems, unreadable, step, path, again, logger):
     """Say how to go on after a signal; for an unreadable image, raise UserError."""
     saved = f"saved {path}" if path else "nothing was trained yet"
     if unreadable:
         raise UserError(f"{problems[0] if problems else 'another process met an unreadable image'} [{saved}]")
-    logger.info(f"Stopped after step {step:,}, {saved}; run the same command again to continue.")
+    logger.info(f"Stopped after step {step:,}, {saved}; {again} to continue.")
 
 
 if __name__ == "__main__":

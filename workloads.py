@@ -143,6 +143,11 @@ class Latents(Pixels):
     clip_denoised = False
 
 
+def parts_of(steps, most=250):
+    """Split steps of sampling into as many runs as they are, of at most 250 steps."""
+    return [min(most, steps - done) for done in range(0, steps, most)]
+
+
 class Sample(Workload):
     """A step of ancestral sampling with guidance, by the Sampler, on one process or on each."""
 
@@ -154,15 +159,15 @@ class Sample(Workload):
         if setting.precision == "bf16":
             model.store_bfloat16()
         if setting.compile:
-            for block in model.blocks:
-                block.compile(fullgraph=True, dynamic=False)
+            model.compile_blocks()
         self.sampler = Sampler(model, None, Latents(CHANNELS), self.device, cuda_graphs=setting.cuda_graphs)
         self.labels = torch.randint(CLASSES, (setting.batch,)).tolist()
 
     def run(self, steps):
         set_precision(self.setting.precision, self.device)
-        options = self.sampler.settle(labels=self.labels, cfg_scale=4.0, steps=str(steps))
-        self.sampler.generate(range(len(self.labels)), self.labels, options)
+        for part in parts_of(steps):
+            options = self.sampler.settle(labels=self.labels, cfg_scale=4.0, steps=str(part))
+            self.sampler.generate(range(len(self.labels)), self.labels, options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,10 +252,11 @@ class PlainSample(Workload):
         n, side = self.setting.batch, self.setting.image_size // FACTOR
         z = torch.randn(n, CHANNELS, side, side, device=self.device)
         y = torch.cat([torch.randint(CLASSES, (n,)), torch.full((n,), CLASSES)]).to(self.device)
-        plain_process(str(steps)).p_sample_loop(
-            self.model.forward_with_cfg, (2 * n, *z.shape[1:]), torch.cat([z, z]), clip_denoised=False,
-            model_kwargs=dict(y=y, cfg_scale=4.0),
-        )  # fmt: skip
+        for part in parts_of(steps):
+            plain_process(str(part)).p_sample_loop(
+                self.model.forward_with_cfg, (2 * n, *z.shape[1:]), torch.cat([z, z]), clip_denoised=False,
+                model_kwargs=dict(y=y, cfg_scale=4.0),
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,10 +270,10 @@ class Encode(Workload):
         super().__init__(setting, processes)
         self.autoencoder = RandomVAE(self.device)
         self.x = torch.rand(setting.batch, 3, setting.image_size, setting.image_size, device=self.device)
-        set_precision(setting.precision, self.device)
         self.flops = 2 * setting.batch * count_flops(self.autoencoder.moments, self.x[:1])
 
     def run(self, steps):
+        set_precision(self.setting.precision, self.device)
         for _ in range(steps):
             both = [self.autoencoder.moments(view) for view in (self.x, self.x.flip(-1))]
             torch.stack(both, dim=1).half().cpu()
@@ -280,10 +286,10 @@ class Decode(Workload):
         super().__init__(setting, processes)
         self.autoencoder, side = RandomVAE(self.device), setting.image_size // FACTOR
         self.x = torch.randn(setting.batch, CHANNELS, side, side, device=self.device)
-        set_precision(setting.precision, self.device)
         self.flops = setting.batch * count_flops(self.autoencoder.decode, self.x[:1])
 
     def run(self, steps):
+        set_precision(self.setting.precision, self.device)
         for _ in range(steps):
             to_uint8(self.autoencoder.decode(self.x))
 

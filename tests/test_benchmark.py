@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,11 +86,25 @@ def test_numbers_add_up(monkeypatch, tmp_path, capsys):
     [["decode", "images", "latents", "write"], pytest.param(["encode", "features"], marks=pytest.mark.slow)],
 )
 def test_every_stage(monkeypatch, tmp_path, modes):
-    report = measure(monkeypatch, tmp_path, "--mode", *modes, "--image-size", 64, "--batch", 2, *BRIEF)
+    sizes = ["--image-size", 64, "--batch", 2, "--precision", "bf16"]
+    report = measure(monkeypatch, tmp_path, "--mode", *modes, *sizes, *BRIEF)
     assert list(dict.fromkeys(row["mode"] for row in report["rows"])) == modes
     assert all(row["images_per_sec"] > 0 for row in report["rows"])
     for row in report["rows"]:
         assert row["mode"] in ("images", "latents", "write") or row["flops"] > 1e9
+        assert row["mode"] in ("images", "latents", "write") or row["precision"] == "fp32"  # as VAEs run
+
+
+@pytest.mark.parametrize("build", [workloads.Sample, workloads.PlainSample])
+def test_windows_longer_than_the_process(build):
+    """A fast GPU does more steps in a window than the process has."""
+    workload = build(replace(SMALL, batch=1), CPU)
+    model, calls = workload.sampler.model if build is workloads.Sample else workload.model, []
+    model.t_embedder.register_forward_hook(lambda *call: calls.append(None))
+    for block in model.blocks:
+        block.forward = lambda x, c: x  # brief
+    workload.run(1_001)
+    assert len(calls) == 1_001
 
 
 @pytest.mark.slow

@@ -217,6 +217,13 @@ def test_compiled_blocks(overrides):
     x, t, y = inputs(model)
     with torch.no_grad():
         plain = model(x, t, y)
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+        model.compile_blocks()
         torch.testing.assert_close(model(x, t, y), plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_many_shapes():
+    model = awake().eval()
+    model.compile_blocks()
+    for n in range(1, 11):
+        assert len(model(torch.randn(n, 4, 8, 8), torch.rand(n), torch.zeros(n, dtype=torch.long))) == n

@@ -43,6 +43,20 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert checkpoint.load(path).state_dict()["a"].tolist() == [1, 1, 1]
 
 
+def test_setting_aside_again(tmp_path):
+    for what in (b"first", b"second"):  # folders of shards, and one exported beside itself
+        for step in ("0000004", "0000008", "0000012"):
+            (tmp_path / step).mkdir(exist_ok=True)
+            (tmp_path / step / "shard").write_bytes(what)
+        (tmp_path / "0000012.pt").write_bytes(what)
+        checkpoint.set_aside(str(tmp_path), 4)
+        assert list(checkpoint.numbered(tmp_path)) == [4]
+        assert sorted(os.listdir(tmp_path)) == [
+            "0000004", "0000008.unused", "0000012.pt.unused", "0000012.unused"
+        ]  # fmt: skip
+        assert (tmp_path / "0000008.unused" / "shard").read_bytes() == what
+
+
 def test_a_training_checkpoint_keeps_both_weights(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(

@@ -196,6 +196,7 @@ def test_a_given_run_is_continued_with_other_options(tmp_path):
     assert "Continuing after step 16" in run("--resume", folder / "checkpoints" / "0000016.pt")
     assert {"0000024.pt.unused", "0000024.pt", "0000048.pt.unused"} < set(os.listdir(folder / "checkpoints"))
     assert [row["step"] for row in rows(folder)][-1] == 40
+    assert checkpoint.latest(str(folder / "checkpoints")).endswith("0000040.pt")
 
     # What is refused leaves the run as it was:
     def state():
@@ -224,6 +225,24 @@ def test_a_given_run_is_continued_with_other_options(tmp_path):
     # Other changes are said:
     assert "; now lr 0.005 (was 0.001)" in run("--lr", 5e-3, "--max-steps", 41, "--resume", folder)
     assert "no run's folder (no args.json)" in run("--resume", tmp_path, expect=2)
+
+
+def test_going_back_happens_once(tmp_path):
+    """A command that goes back to a checkpoint, interrupted and given again, goes on from there."""
+    argv = [*ARGV, "--results-dir", tmp_path]
+    assert finish(start(argv, tmp_path / "out")) == [0]
+    folder, step = folder_of(tmp_path), 40
+    longer = [*argv, "--max-steps", 100_000, "--keep-checkpoints", 1]  # which deletes the one gone back to
+    back = [*longer, "--resume", folder / "checkpoints" / "0000016.pt"]
+    for command, after in ((back, 16), (back, None), (longer, None)):  # the last, since it has not finished
+        (tmp_path / "out").unlink()
+        process = start(command, tmp_path / "out")
+        wait_for_step(folder, step + 10, [process])
+        os.kill(process.pid, signal.SIGTERM)
+        assert finish(process) == [0]
+        assert f"Continuing after step {after or step:,} " in (tmp_path / "out").read_text()
+        step = checkpoint.step_of(checkpoint.latest(str(folder / "checkpoints")))
+    assert not folder_of(tmp_path, 1).exists()
 
 
 def test_retention_does_not_count_damaged_checkpoints(tmp_path):
