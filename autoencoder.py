@@ -14,6 +14,7 @@ from runtime import UserError
 PUBLISHED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 # The scale of the first Stable Diffusion VAEs, whose configs do not hold it:
 SD_SCALE = 0.18215
+PIXELS_AT_ONCE = 2**20  # that a VAE is given, for each of which it works in about 5 KB
 
 
 class Pixels:
@@ -75,8 +76,8 @@ class VAE:
     @torch.no_grad()
     def moments(self, images):
         """Mean and log-variance, (N, 2 channels, H/factor, W/factor), of the posterior of each image."""
-        posterior = self.model.encode(images).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+        posteriors = [self.model.encode(part).latent_dist for part in in_parts(images)]
+        return torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in posteriors])
 
     def draw(self, moments, noise):
         """Latents (N, channels, h, w) drawn from posteriors (N, 2 channels, h, w) with this noise."""
@@ -90,7 +91,13 @@ class VAE:
     @torch.no_grad()
     def decode(self, x):
         """Images (N, 3, H, W) of latents."""
-        return self.model.decode(x / self.scale + self.shift).sample
+        x = x / self.scale + self.shift
+        return torch.cat([self.model.decode(part).sample for part in in_parts(x, self.factor)])
+
+
+def in_parts(x, factor=1):
+    """Split a batch, of images or of latents factor times smaller, into parts of at most PIXELS_AT_ONCE."""
+    return x.split(max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1] * factor**2)))
 
 
 def resolve_vae(name):
@@ -121,12 +128,12 @@ def load_autoencoder(name, device, image_channels=3):
     return (Pixels(image_channels) if name == "none" else VAE(name)).to(device)
 
 
-def add_vae_argument(parser, default):
+def add_vae_argument(parser, default, pixels=", or none to work on pixels"):
     """--vae, the same in every command."""
     parser.add_argument(
         "--vae", default=default, metavar="VAE",
-        help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), a hub id, a folder saved by"
-        " diffusers, or none to work on pixels"
+        help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), a hub id, or a folder saved by"
+        f" diffusers{pixels}"
         f" (default: {default or 'the one of the checkpoint, or mse for published weights'})",
     )  # fmt: skip
 

@@ -181,6 +181,10 @@ def load(path, flag="--ckpt"):
     if os.path.isdir(path) and is_diffusers(path):
         state, config = load_diffusers(path, flag)
         return Checkpoint(path, dict(ema=state, model=state, config=config), config)
+    if os.path.isdir(path):
+        paths = list(numbered(os.path.join(path, "checkpoints")).values())
+        hint = f"; give a checkpoint of that run, as {paths[-1]}" if paths else ""
+        raise UserError(f"{flag} {path}: a folder without weights{hint}")
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file")
     if str(path).endswith(".safetensors"):

@@ -84,12 +84,20 @@ class FolderImages(Dataset):
         image = _to_tensor(image)
         return image.flip(-1) if mirrored else image, label
 
-    def check(self):
-        """Raise UserError for a file that is no image, by its header: all of them, or an even share of very
-        many."""
+    def check(self, skip=False):
+        """Raise UserError for a file that is no image, by its header: of all of them, or of an even share of
+        very many. skip: only where none is one."""
+        readable, problem = False, None
         for path, _ in share_to_check(self.samples):
-            with open_image(path):
-                pass
+            try:
+                with open_image(path):
+                    readable = True
+            except UserError as error:
+                problem = problem or error
+                if not skip:
+                    break
+        if problem and not (skip and readable):
+            raise problem
 
 
 class _VisibleFolders(torchvision.datasets.ImageFolder):
@@ -163,7 +171,7 @@ class ArrayImages(Dataset):
         image = _to_tensor(self.images[index]) if self._is_uint8 else torch.from_numpy(self.images[index])
         return image.flip(-1) if mirrored else image, int(self.labels[index])
 
-    def check(self):
+    def check(self, skip=False):
         """Nothing to check: the images are in memory."""
 
 
@@ -308,10 +316,10 @@ class Guarded(Dataset):
 DATASETS = ("folder", "digits", "cifar10")
 
 
-def open_dataset(name, data_path, image_size, dry_run=False):
+def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False):
     """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError.
 
-    dry_run: download nothing.
+    dry_run: download nothing. skip_bad_images: some of them may be damaged.
     """
     if name == "folder":
         if not data_path:
@@ -326,7 +334,7 @@ def open_dataset(name, data_path, image_size, dry_run=False):
             f"--image-size {image_size}: the images of --dataset {name} have {dataset.image_size} pixels a"
             f" side; give --image-size {dataset.image_size}"
         )
-    dataset.check()
+    dataset.check(skip_bad_images)
     return dataset
 
 

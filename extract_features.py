@@ -183,10 +183,12 @@ def finish_shard(folder, shard, moments, labels, autoencoder):
                 np.save(file, values)
         with open(path, "rb") as file:
             note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
-        mean, logvar = np.split(moments.astype(np.float64), 2, axis=2)
-        mean = (mean - autoencoder.shift) * autoencoder.scale
-        square = mean**2 + np.exp(logvar) * autoencoder.scale**2
-        note |= dict(values=mean.size, sum=float(mean.sum()), square=float(square.sum()))
+        note |= dict(values=moments.size // 2, sum=0.0, square=0.0)
+        for start in range(0, len(moments), 64):  # a float64 copy of all takes gigabytes
+            mean, logvar = np.split(moments[start : start + 64].astype(np.float64), 2, axis=2)
+            mean = (mean - autoencoder.shift) * autoencoder.scale
+            note["sum"] += float(mean.sum())
+            note["square"] += float((mean**2 + np.exp(logvar) * autoencoder.scale**2).sum())
         with whole_file(note_path(folder, shard)) as file:
             json.dump(note, file)
 
@@ -246,7 +248,7 @@ def build_parser():
                         help="where the cache is written (default: features)")
     parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
                         help="side of the square that images are cropped to (default: 256)")
-    add_vae_argument(parser, default="ema")
+    add_vae_argument(parser, default="ema", pixels="")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, metavar="IMAGES",
                         help="images encoded at a time by each process (default: 32)")
     parser.add_argument("--num-workers", type=int, default=4, metavar="N",

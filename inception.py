@@ -236,6 +236,7 @@ class SampleFID:
         check_same_weights(reference, self.network.sha256, "--fid-ref")
         self.reference = read_fid_reference(reference)
         self.count, self.batch_size, self.processes = count, batch_size, processes
+        self.sampling = sampling
         self.name = f"FID-{name_of_count(count)}"  # never 50K of fewer samples
         # What two values must have in common to be compared:
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in self.reference))

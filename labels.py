@@ -17,9 +17,10 @@ def resolve_labels(words, num_classes, classes=None):
     """
     named = _imagenet_labels() if num_classes == 1000 and _are_imagenets(classes) else {}
     for label, name in enumerate(classes or ()):
-        labels = named.setdefault(name.lower(), [])
-        if label not in labels:
-            labels.append(label)
+        for called in (name, *name.split(", ")):  # a diffusers folder has synonyms after commas
+            labels = named.setdefault(called.lower(), [])
+            if label not in labels:
+                labels.append(label)
     return [_resolve(str(word), num_classes, named) for word in words]
 
 

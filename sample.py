@@ -78,6 +78,8 @@ def main(args):
         labels, seeds=seeds, published_draws=args.published_draws, return_trajectory=args.gif,
         progress=True, **options,
     )  # fmt: skip
+    if args.published_draws:  # all from the first one's stream
+        seeds = [seeds[0]] * count
     try:
         if args.gif:
             images, trajectory = images

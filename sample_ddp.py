@@ -24,6 +24,7 @@ from autoencoder import PUBLISHED_VAES, resolve_vae
 from images import make_folder, save_image, to_uint8
 from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
 from sampler import (
+    FID_CFG_SCALE,
     Plan,
     add_checkpoint_arguments,
     add_guide_argument,
@@ -34,7 +35,6 @@ from sampler import (
     sampling_options,
 )
 
-CFG_SCALE = 1.5  # with which the paper's best numbers were made
 PENDING = 2  # batches that may wait for the disk while the next one is sampled
 
 
@@ -55,7 +55,7 @@ def main(args):
     processes = start_processes()
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
-        num_classes=args.num_classes, vae=args.vae, guide=args.guide, defaults=dict(cfg_scale=CFG_SCALE),
+        num_classes=args.num_classes, vae=args.vae, guide=args.guide, defaults=dict(cfg_scale=FID_CFG_SCALE),
     )  # fmt: skip
     options = plan.check(**options)
     plan.check_pictures()
@@ -221,7 +221,7 @@ def build_parser():
                         help="of the first image, from which the next ones count on: 50000 gives a second set"
                         " that shares none (default: 0)")
     group = parser.add_argument_group("sampling")
-    add_sampling_arguments(group, CFG_SCALE)
+    add_sampling_arguments(group, FID_CFG_SCALE)
     add_guide_argument(group)
     group = parser.add_argument_group("output")
     group.add_argument("--sample-dir", default="samples", metavar="FOLDER",

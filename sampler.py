@@ -30,6 +30,7 @@ from runtime import UserError, add_precision_argument, blame
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
 # samples guide three of the four latent channels; a model of another number of channels is guided whole.
 # What a process is sampled by, it says itself.
+FID_CFG_SCALE = 1.5  # with which the paper's best numbers were made
 DEFAULTS = dict(cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedule="constant")
 # Steps of a sampler that is asked for in place of the default one:
 STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25", "sde": "250"}
@@ -199,13 +200,19 @@ class Sampler:
 
         labels       what they show, one each; None for not known
         new_labels   what they should show; None for the same, which gives about the same images
-        cfg_scale    guidance on the way to the new images alone; steps: of each way
+        cfg_scale    guidance on the way to the new images alone; None for the run's own, and for none where
+                     the labels stay
+        steps        of each way
         """
-        old = None if labels is None else [int(label) for label in labels]
-        new = old if new_labels is None else [int(label) for label in new_labels]
+        old = None if labels is None else _integers(labels, "labels")
+        new = old if new_labels is None else _integers(new_labels, "new_labels")
+        if not isinstance(images, torch.Tensor) or not 0 <= images.min() <= images.max() <= 1:
+            raise UserError("images: must be a tensor (N, C, H, W) of values in [0, 1]")
         for given in (old, new):
             if given is not None and len(given) != len(images):
                 raise UserError(f"{len(given)} labels for {len(images)} images: give as many")
+        if new_labels is None and cfg_scale is None:
+            cfg_scale = 1.0
         options = self.settle(
             labels=[*(old or []), *(new or [])] or None, cfg_scale=cfg_scale, steps=steps, sampler="ddim"
         )
@@ -266,15 +273,27 @@ class Sampler:
 
     @staticmethod
     def _settle_rows(n_or_labels, seeds):
-        labels = None if isinstance(n_or_labels, Integral) else [int(label) for label in n_or_labels]
+        labels = None if isinstance(n_or_labels, Integral) else _integers(n_or_labels, "labels")
         count = int(n_or_labels) if labels is None else len(labels)
         if count < 1:
             raise UserError(f"{count} samples: ask for at least 1")
         first = 0 if seeds is None else seeds
-        seeds = range(first, first + count) if isinstance(first, Integral) else [int(seed) for seed in seeds]
+        if isinstance(first, Integral):
+            seeds = range(first, first + count)
+        elif not isinstance(seeds, range):
+            seeds = _integers(seeds, "seeds")
+        if min(seeds, default=0) < 0:
+            raise UserError(f"--seed {min(seeds)}: must be 0 or more")
         if len(seeds) != count:
             raise UserError(f"--seed: {len(seeds)} seeds for {count} samples; give as many, or the first one")
         return count, labels, seeds
+
+
+def _integers(values, name):
+    try:
+        return [int(value) for value in values]
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {values!r}: must be whole numbers, one an image") from None
 
 
 class Plan:

@@ -15,7 +15,14 @@ from experiment import import_wandb
 from inception import add_inception_arguments, read_fid_reference, read_weights
 from models import POS_EMBEDS, DiT, DiT_models, count_macs
 from runtime import Parser, UserError, add_precision_argument, blame
-from sampler import DEFAULTS, STEPS, add_sampling_arguments, check_sampling_options, sampling_options
+from sampler import (
+    DEFAULTS,
+    FID_CFG_SCALE,
+    STEPS,
+    add_sampling_arguments,
+    check_sampling_options,
+    sampling_options,
+)
 
 # What --preset stands for; a flag given by hand wins. Behind each row: what it should give.
 # fmt: off
@@ -70,7 +77,7 @@ def check_options(args):
     for name in ("image_size", "epochs", "global_batch_size", "grad_accum_steps", "log_every", "ckpt_every"):
         _require(args, name, getattr(args, name) >= 1, "must be at least 1")
     for name in ("weight_decay", "warmup_steps", "num_workers", "keep_checkpoints", "eval_every"):
-        _require(args, name, getattr(args, name) >= 0, "must be 0 or more")
+        _require(args, name, 0 <= getattr(args, name) < float("inf"), "must be 0 or more")
     _require(args, "sample_every", args.sample_every is None or args.sample_every >= 0, "must be 0 or more")
     _require(args, "clip_grad", args.clip_grad is None or args.clip_grad > 0, "must be more than 0")
     _require(args, "global_seed", 0 <= args.global_seed < 2**63, "must be 0 or more, below 2^63")
@@ -132,7 +139,7 @@ def open_training_data(args):
     """The data set of these options, of images or of cached latents; UserError where they do not go
     together."""
     if not args.feature_path:
-        return open_dataset(args.dataset, args.data_path, args.image_size, args.dry_run)
+        return open_dataset(args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images)
     cache = LatentCache(args.feature_path)
     if args.data_path:
         raise UserError(f"--data-path {args.data_path}: --feature-path stands in for it; leave one out")
@@ -214,12 +221,18 @@ def configure_model(args, dataset):
         ).config  # fmt: skip
 
 
-def sampling_defaults(args):
-    """How this run's checkpoints are sampled unless told otherwise."""
+def given_sampling(args):
+    """How this run's checkpoints are sampled, as far as its options say."""
     given = {name: value for name, value in sampling_options(args).items() if value is not None}
     if "sampler" in given:
         given.setdefault("steps", STEPS[given["sampler"]])
-    return {**DEFAULTS, **create_process(process_config(args)).sampling, **given}
+    return given
+
+
+def sampling_defaults(args, cfg_scale=DEFAULTS["cfg_scale"]):
+    """The same in full, for pictures, or for FID with FID_CFG_SCALE."""
+    process = create_process(process_config(args))
+    return {**DEFAULTS, "cfg_scale": cfg_scale, **process.sampling, **given_sampling(args)}
 
 
 def process_config(args):
@@ -267,10 +280,10 @@ def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size):
 # Options
 
 
-def build_parser():
+def build_parser(description=None):
     """The command-line options."""
     # fmt: off
-    parser = PresetParser(description=__doc__)
+    parser = PresetParser(description=description)
     parser.add_argument("--preset", choices=list(PRESETS), default=None,
                         help="defaults for all other options; one given by hand wins (default: none)")
     parser.add_argument("--dry-run", action="store_true",
@@ -380,8 +393,9 @@ def build_parser():
     group.add_argument("--results-dir", default="results", metavar="FOLDER",
                        help="where runs make their folders (default: results)")
     group.add_argument("--resume", default="auto", metavar="RUN",
-                       help="continue the newest unfinished run of --results-dir with the same settings,"
-                       " none, or the run of this folder or checkpoint (default: auto)")
+                       help="auto: continue the newest unfinished run of --results-dir with the same"
+                       " settings, or start one; never: start one; or the folder of a run to continue, or a"
+                       " checkpoint of one to go back to (default: auto)")
     group.add_argument("--keep-checkpoints", type=int, default=0, metavar="N",
                        help="delete all but the last N; 0 keeps all (default: 0)")
     group.add_argument("--sample-every", type=int, default=None, metavar="STEPS",
@@ -395,7 +409,8 @@ def build_parser():
                        " of the data, at most 1024; 0 holds none out (default: 0)")
     group.add_argument("--fid-ref", default=None, metavar="FILE",
                        help="statistics, of evaluate.py --save-stats or ADM's, that --eval-every compares"
-                       " samples of the averaged weights with; the best are kept (default: none)")
+                       " samples of the averaged weights with, guided by --cfg-scale or else"
+                       f" {FID_CFG_SCALE}; the best are kept (default: none)")
     group.add_argument("--fid-samples", type=int, default=10_000, metavar="N",
                        help="samples for --fid-ref, by --num-sampling-steps each (default: 10000)")
     add_inception_arguments(group)

@@ -48,12 +48,13 @@ from runtime import (
     set_precision,
     start_processes,
 )
-from sampler import Sampler, settle_options
+from sampler import FID_CFG_SCALE, Sampler, settle_options
 from settings import (
     build_parser,
     check_data,
     check_options,
     configure_model,
+    given_sampling,
     open_autoencoder,
     open_training_data,
     print_plan,
@@ -107,7 +108,7 @@ def main(args):
     if args.fid_ref:
         fid = SampleFID(
             args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
-            sampling=sampling_defaults(args), processes=processes,
+            sampling=sampling_defaults(args, FID_CFG_SCALE), processes=processes,
         )  # fmt: skip
 
     # Find the run to continue, or make a folder:
@@ -134,7 +135,7 @@ def main(args):
     config = dict(
         model=model.config, process=process.config, autoencoder=autoencoder.config,
         data=dict(dataset=source(args), image_size=args.image_size, classes=dataset.classes),
-        sampling=sampling_defaults(args),
+        sampling=given_sampling(args),
     )  # fmt: skip
     if resume_path:
         start, changes = restore(resume_path, args, config, total, trainer, meter)
@@ -174,7 +175,7 @@ def main(args):
 
     def compute_fid(step):
         averaged = sharding.gather_copy(ema, device, everywhere=True) if args.shard else ema
-        value = fid(Sampler(averaged, process, autoencoder, device, sampling_defaults(args)))
+        value = fid(Sampler(averaged, process, autoencoder, device, fid.sampling))
         contents = dict(ema=averaged.state_dict(), args=vars(args), step=step, config=config)
         kept = processes.on_main(lambda: best.offer(value, contents))
         logger.info(f"(step={step:07d}) {fid.name}: {value:.4f}" + (", the best so far" if kept else ""))
@@ -362,9 +363,10 @@ class Watch:
         steps = [step for step in processes.gather(self.first.item()) if step]
         if steps:
             stands = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+            again = "continue with --resume FOLDER" if path else "start again"
             raise UserError(
                 f"step {min(steps)}: the loss or its gradient is not finite; {stands}; lower --lr, give"
-                " --clip-grad 1 or --precision fp32, and continue with --resume FOLDER"
+                f" --clip-grad 1 or --precision fp32, and {again}"
             )
 
 
@@ -550,4 +552,4 @@ def end_early(problems, unreadable, step, path, again, logger):
 
 
 if __name__ == "__main__":
-    launch(main, build_parser())
+    launch(main, build_parser(__doc__))

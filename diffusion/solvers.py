@@ -83,13 +83,14 @@ def _advance(x, here, there, slope):
 def dpm_solver_pp(predict, x, points, randn_like=None):
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), of second order, one evaluation a step.
 
-    The first step, and the last one where it ends in clean data, are of first order."""
+    The first step is of first order, and so is the last, whose lambda is infinitely, or on some paths many
+    times, as far from the one before as those are from each other."""
     previous, h_previous = None, None
     for here, there in zip(points, points[1:]):
         x_start, _ = predict(x, here)
         h = there.log_snr - here.log_snr
         target = x_start
-        if previous is not None and there.sigma > 0:
+        if previous is not None and there is not points[-1]:
             target = x_start + (x_start - previous) * (h / (2 * h_previous))  # h / h_previous = 1 / r
         x = (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * target
         previous, h_previous = x_start, h

@@ -1,5 +1,6 @@
 """How training draws its steps t: uniformly, or more often where the loss is large."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -91,6 +92,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts, losses):
         for t, loss in zip(ts, losses):
+            if not math.isfinite(loss):  # the training loop will say so
+                continue
             self._losses[t, self._counts[t] % self._losses.shape[1]] = loss  # the oldest makes room
             self._counts[t] += 1
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import autoencoder
 from autoencoder import SD_SCALE, Pixels, describe_vae, load_autoencoder, resolve_vae
 from runtime import UserError
 
@@ -21,6 +22,20 @@ def save_vae(folder, **options):
     )  # fmt: skip
     AutoencoderKL(**{**defaults, **options}).save_pretrained(folder)
     return str(folder)
+
+
+def test_large_images_pass_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 4 * 64 * 64)
+    vae, sizes = load_autoencoder(save_vae(tmp_path / "vae"), CPU), []
+    vae.model.encoder.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
+    vae.model.decoder.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
+    x = torch.randn(5, 4, 16, 16)
+    images = vae.decode(x)
+    assert images.shape == (5, 3, 64, 64)
+    moments = vae.moments(images)
+    assert sizes == [4, 1, 4, 1]
+    torch.testing.assert_close(images[4:], vae.decode(x[4:]))
+    torch.testing.assert_close(moments[3:4], vae.moments(images[3:4]), atol=1e-4, rtol=1e-4)
 
 
 def test_published_names():

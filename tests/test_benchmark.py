@@ -83,7 +83,7 @@ def test_numbers_add_up(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "modes",
-    [["decode", "images", "latents", "write"], pytest.param(["encode", "features"], marks=pytest.mark.slow)],
+    [["images", "latents", "write"], pytest.param(["decode", "encode", "features"], marks=pytest.mark.slow)],
 )
 def test_every_stage(monkeypatch, tmp_path, modes):
     sizes = ["--image-size", 64, "--batch", 2, "--precision", "bf16"]
@@ -92,7 +92,13 @@ def test_every_stage(monkeypatch, tmp_path, modes):
     assert all(row["images_per_sec"] > 0 for row in report["rows"])
     for row in report["rows"]:
         assert row["mode"] in ("images", "latents", "write") or row["flops"] > 1e9
-        assert row["mode"] in ("images", "latents", "write") or row["precision"] == "fp32"  # as VAEs run
+
+
+@pytest.mark.parametrize("mode", ["decode", "encode", "features"])
+def test_these_never_run_in_bf16(mode):
+    args = benchmark.build_parser().parse_args(["--precision", "bf16"])
+    (way,) = benchmark.ways(mode, replace(SMALL, precision="bf16"), args, ["bf16"], CPU.device)
+    assert way[1].precision == "fp32" and way[0] in ("fp32", "")
 
 
 @pytest.mark.parametrize("build", [workloads.Sample, workloads.PlainSample])

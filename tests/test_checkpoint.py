@@ -166,6 +166,16 @@ def test_files_that_are_no_checkpoint(tmp_path):
     assert "not the state dict of a DiT (no x_embedder.proj.weight)" in refusal(other.model_config)
 
 
+def test_a_run_s_folder(tmp_path):
+    message = refusal(checkpoint.load, str(tmp_path))
+    assert message == f"--ckpt {tmp_path}: a folder without weights"
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("0000010.pt", "0000020.pt"):
+        (tmp_path / "checkpoints" / name).touch()
+    newest = tmp_path / "checkpoints" / "0000020.pt"
+    assert f"; give a checkpoint of that run, as {newest}" in refusal(checkpoint.load, str(tmp_path))
+
+
 def test_a_file_cut_short(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, dict(model=build_tiny().state_dict()))

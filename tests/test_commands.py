@@ -18,9 +18,7 @@ from test_data import write_image
 from models import DiT, DiT_models
 from runtime import launch
 
-COMMANDS = sorted(
-    path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser())" in path.read_text()
-)
+COMMANDS = sorted(path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser(" in path.read_text())
 README = (ROOT / "README.md").read_text()
 SCRIPTS = r"\b(train|sample|sample_ddp|extract_features|evaluate)\.py\b"
 

@@ -97,6 +97,18 @@ def test_missing_folder_and_path():
         open_dataset("folder", None, 16)
 
 
+def test_what_is_no_image(tmp_path):
+    (tmp_path / "a.jpg").write_text("none")
+    (tmp_path / "b.png").write_bytes(b"")
+    for skip in (False, True):
+        with pytest.raises(UserError, match="a.jpg: cannot be read as an image"):
+            open_dataset("folder", str(tmp_path), 16, skip_bad_images=skip)
+    write_image(tmp_path / "c.png")
+    with pytest.raises(UserError, match="a.jpg: cannot be read as an image"):
+        open_dataset("folder", str(tmp_path), 16)
+    assert len(open_dataset("folder", str(tmp_path), 16, skip_bad_images=True)) == 3
+
+
 def test_truncated_image_is_named_when_read(tmp_path):
     write_image(tmp_path / "cut.png", size=(64, 64))
     whole = (tmp_path / "cut.png").read_bytes()

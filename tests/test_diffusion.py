@@ -459,6 +459,7 @@ def test_loss_second_moment_sampler():
     assert sampler.weights().tolist() == [1, 1, 1, 1]
     for loss in (9.0, 1.0, 1.0, 1.0):  # the first is forgotten
         sampler.update_with_local_losses(torch.arange(4), loss * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    sampler.update_with_local_losses(torch.arange(4), torch.tensor([1.0, torch.nan, torch.inf, 4.0]))
     expected = np.array([1, 2, 3, 4]) / 10 * 0.999 + 0.001 / 4
     np.testing.assert_allclose(sampler.weights(), expected)
     t, weights = sampler.sample(200_000, "cpu", torch.Generator().manual_seed(0))

@@ -115,6 +115,13 @@ def test_every_path_and_prediction_finds_the_data(path, prediction, sampler):
     assert slope == pytest.approx(STD, abs=0.02) and offset == pytest.approx(MEAN, abs=0.02)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_few_steps_of_dpm_solver(path):
+    """Also where the last step, in the logarithm of the noise, is many times as long as the one before."""
+    slope, offset = final(create_flow(path=path), "dpm++", 25)
+    assert slope == pytest.approx(STD, abs=0.03) and offset == pytest.approx(MEAN, abs=0.03)
+
+
 @pytest.mark.parametrize("shift", [0.5, 3.0])
 def test_shifted_times(shift):
     flow = create_flow(shift=shift)

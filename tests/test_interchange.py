@@ -14,7 +14,7 @@ import download
 from checkpoint import build_model
 from diffusion import create_diffusion
 from interchange import from_diffusers, to_diffusers
-from labels import class_names
+from labels import class_names, resolve_labels
 from runtime import UserError, launch
 from sampler import Sampler
 
@@ -193,3 +193,5 @@ def test_names_of_classes():
     assert class_names(1000)[207] == "golden retriever"
     assert class_names(3, ["a", "b", "c"]) == ["a", "b", "c"]
     assert class_names(2) == ["0", "1"]
+    for classes in (None, class_names(1000)):  # as exported to diffusers, synonyms after commas
+        assert resolve_labels(["tench", "Carcharodon carcharias"], 1000, classes) == [0, 2]

@@ -88,11 +88,18 @@ def test_image_to_image():
     images = sampler.sample([3, 4], cfg_scale=1, sampler="ddim", steps=200)
     back = sampler.image_to_image(images, [3, 4], steps=200, cfg_scale=1)
     assert (back - images).abs().mean() < 0.02
+    assert sampler.settle()["cfg_scale"] > 1  # which would not lead back
+    assert torch.equal(sampler.image_to_image(images, [3, 4], steps=200), back)
     other = sampler.image_to_image(images, [3, 4], [5, 6], steps=200, cfg_scale=2)
     assert (other - images).abs().mean() > 2 * (back - images).abs().mean()
     assert sampler.image_to_image(images, None, steps=5).shape == images.shape
     with pytest.raises(UserError, match="1 labels for 2 images"):
         sampler.image_to_image(images, [3], steps=5)
+    for wrong in (images * 255, images.numpy()):
+        with pytest.raises(UserError, match="images: must be a tensor"):
+            sampler.image_to_image(wrong, [3, 4], steps=5)
+    with pytest.raises(UserError, match="new_labels 8: must be whole numbers, one an image"):
+        sampler.image_to_image(images, [3, 4], 8, steps=5)
     free = tiny_sampler(num_classes=0)
     assert free.image_to_image(images, steps=5).shape == images.shape
 
@@ -275,6 +282,18 @@ def test_one_seed_a_sample(ckpt, monkeypatch):
     run(monkeypatch, "--ckpt", ckpt, "--class-labels", 3, "--seed", 99, "--out", "b")
     one, other = (np.array(Image.open(name)).astype(int) for name in ("a/000001.png", "b/000000.png"))
     assert abs(one - other).max() <= 1
+
+
+def test_published_draws_by_command(ckpt, monkeypatch):
+    options = ["--class-labels", 3, 4, "--published-draws", "--sampler", "ddpm", "--num-sampling-steps", 4]
+    run(monkeypatch, "--ckpt", ckpt, *options, "--seed", 7, "--out", "files")
+    sampler = Sampler.from_checkpoint(ckpt, device="cpu")
+    expected = sampler.sample([3, 4], seeds=7, sampler="ddpm", steps=4, published_draws=True)
+    for i in range(2):
+        with Image.open(f"files/{i:06d}.png") as picture:
+            assert picture.info["seed"] == "7"
+            difference = np.array(picture).astype(int) - (expected[i, 0] * 255).round().int().numpy()
+            assert abs(difference).max() <= 1
 
 
 def test_unconditional_images_are_counted(tmp_path, monkeypatch, capsys):

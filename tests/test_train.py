@@ -15,6 +15,7 @@ from test_autoencoder import save_vae
 from test_data import write_image
 
 import checkpoint
+import sample_ddp
 import settings
 import train
 from experiment import Experiment
@@ -59,6 +60,18 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     run(*SMALL, "--max-steps", 12, "--ckpt-every", 5, "--results-dir", root / "results", "--no-learn-sigma")
     return root / "results" / "000-DiT-S-2"
+
+
+def test_guidance_that_was_not_asked_for(tmp_path, monkeypatch, capsys):
+    """Each command's own: 4 for pictures, 1.5 for FID, as published."""
+    options = [option for option in SMALL if option not in ("--cfg-scale", "1.5")]
+    run(*options, "--max-steps", 1, "--results-dir", tmp_path, "--sample-every", 0)
+    path = str(tmp_path / "000-DiT-S-2" / "checkpoints" / "0000001.pt")
+    assert Sampler.from_checkpoint(path, device="cpu").settle()["cfg_scale"] == 4.0
+    argv = ["sample_ddp.py", "--ckpt", path, "--sample-dir", str(tmp_path), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", argv)
+    launch(sample_ddp.main, sample_ddp.build_parser())
+    assert "cfg-1.5-steps-3" in capsys.readouterr().out
 
 
 def test_run_folder(finished):
