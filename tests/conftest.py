@@ -46,6 +46,12 @@ def assert_golden(actual, expected):
     np.testing.assert_allclose(torch.as_tensor(actual).numpy(), expected, **TOLERANCE)
 
 
+def assert_golden_by_range(actual, expected):
+    """For rows whose values reach 1000: within 1e-5 of the largest one, or 2e-4 where that is more."""
+    atol = max(TOLERANCE["atol"], 1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(torch.as_tensor(actual).numpy(), expected, atol=atol, rtol=0)
+
+
 def build_tiny(**overrides):
     from models import DiT
 
