@@ -128,13 +128,13 @@ def load_autoencoder(name, device, image_channels=3):
     return (Pixels(image_channels) if name == "none" else VAE(name)).to(device)
 
 
-def add_vae_argument(parser, default, pixels=", or none to work on pixels"):
-    """--vae, the same in every command."""
+def add_vae_argument(parser, default, pixels=", or none to work on pixels", unnamed="mse"):
+    """--vae, the same in every command. unnamed: the default where a checkpoint names none."""
     parser.add_argument(
         "--vae", default=default, metavar="VAE",
         help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), a hub id, or a folder saved by"
         f" diffusers{pixels}"
-        f" (default: {default or 'the one of the checkpoint, or mse for published weights'})",
+        f" (default: {default or f'the one of the checkpoint, or {unnamed} for published weights'})",
     )  # fmt: skip
 
 

@@ -371,7 +371,8 @@ def export(found, out, weights="ema"):
     state = {name: value.contiguous() for name, value in found.state_dict(weights).items()}
     config = {**found.config, "model": found.model_config()}
     process = config.setdefault("process", dict(learn_sigma=config["model"]["learn_sigma"]))
-    vae = config.setdefault("autoencoder", dict(vae="mse"))["vae"]
+    # Of weights that name none each command has a default of its own, which a pipeline cannot leave open:
+    vae = config.get("autoencoder", {}).get("vae", "mse")
     classes = config.get("data", {}).get("classes")
     if out.endswith(".pt"):
         if weights == "raw":

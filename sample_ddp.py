@@ -35,6 +35,7 @@ from sampler import (
     sampling_options,
 )
 
+DEFAULT_VAE = "ema"  # of weights that name none: the published script's, where sample.py's is mse
 PENDING = 2  # batches that may wait for the disk while the next one is sampled
 
 
@@ -55,7 +56,8 @@ def main(args):
     processes = start_processes()
     plan = Plan(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
-        num_classes=args.num_classes, vae=args.vae, guide=args.guide, defaults=dict(cfg_scale=FID_CFG_SCALE),
+        num_classes=args.num_classes, vae=args.vae, guide=args.guide, default_vae=DEFAULT_VAE,
+        defaults=dict(cfg_scale=FID_CFG_SCALE),
     )  # fmt: skip
     options = plan.check(**options)
     plan.check_pictures()
@@ -212,7 +214,7 @@ def build_parser():
     """The command-line options."""
     # fmt: off
     parser = Parser(description=__doc__)
-    add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser, DEFAULT_VAE)
     parser.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N",
                         help="images (default: 50000)")
     parser.add_argument("--labels", choices=("random", "balanced"), default="random",

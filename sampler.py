@@ -494,8 +494,8 @@ def check_sampling_options(options, process):
 # The options of sampling, the same in every command
 
 
-def add_checkpoint_arguments(parser):
-    """--ckpt, what it must hold, --vae and --weights."""
+def add_checkpoint_arguments(parser, default_vae="mse"):
+    """--ckpt, what it must hold, --vae and --weights. default_vae: as Plan's."""
     # fmt: off
     parser.add_argument("--ckpt", default=None, metavar="FILE",
                         help="checkpoint: of train.py, weights as .pt or .safetensors, or a diffusers folder"
@@ -507,7 +507,7 @@ def add_checkpoint_arguments(parser):
                         " (default: the checkpoint's, or 256 for published weights)")
     parser.add_argument("--num-classes", type=int, default=None, metavar="N",
                         help="classes, which the checkpoint must have (default: the checkpoint's)")
-    add_vae_argument(parser, default=None)
+    add_vae_argument(parser, default=None, unnamed=default_vae)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="averaged weights, or those of the last step (default: ema)")
     # fmt: on

@@ -17,11 +17,13 @@ from PIL import Image
 
 import archive as archive_module
 import checkpoint
+import sample
 import sample_ddp
 from archive import SampleArchive
 from diffusion import create_diffusion, create_flow
+from models import DiT_models
 from runtime import launch
-from sampler import Sampler
+from sampler import Plan, Sampler
 
 COUNT = 64
 
@@ -387,6 +389,22 @@ def test_a_folder_of_something_else(ckpt, tmp_path, monkeypatch, capsys):
     assert json.loads(settings.read_text())["settings"]["cfg_scale"] == 2.0
     settings.unlink()
     assert "is there without its .json" in refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, count=14))
+
+
+def test_published_weights_are_decoded_as_published(tmp_path, monkeypatch, capsys):
+    """By the ema VAE, where sample.py's default is mse; also of a file, or an export, that names none."""
+    state = build_tiny(**DiT_models["DiT-S/8"].keywords, input_size=32, num_classes=1000).state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    checkpoint.export(checkpoint.load(str(tmp_path / "bare.pt")), str(tmp_path / "bare.safetensors"))
+    for more in ([], ["--ckpt", tmp_path / "bare.pt"], ["--ckpt", tmp_path / "bare.safetensors"]):
+        run(monkeypatch, *more, "--dry-run")
+        assert "-vae-ema-" in capsys.readouterr().out
+        run(monkeypatch, *more, "--vae", "mse", "--dry-run")
+        assert "-vae-mse-" in capsys.readouterr().out
+    for command, vae in ((sample_ddp, "ema"), (sample, "mse")):
+        shown = " ".join(command.build_parser().format_help().split())
+        assert f"(default: the one of the checkpoint, or {vae} for published weights)" in shown
+    assert Plan("DiT-XL-2-256x256.pt").vae == Plan(str(tmp_path / "bare.safetensors")).vae == "mse"
 
 
 def test_official_flags_are_taken():
