@@ -17,11 +17,8 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch.utils.checkpoint import checkpoint
 
-from blocks import BLOCKS, FFNS, DiTBlock, FinalLayer, Registers, modulate
 from runtime import Parser, UserError, launch
 
 __all__ = [
@@ -32,7 +29,21 @@ POS_EMBEDS = ("sincos", "learned")
 
 
 # ---------------------------------------------------------------------------------------------
-# Embeddings of time, label and position
+# Embeddings of patches, time, label and position
+
+
+class PatchEmbed(nn.Module):
+    """Images (N, C, H, W) to tokens (N, T, D), a patch each, row by row: a convolution with stride p."""
+
+    def __init__(self, input_size, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.grid_size = tuple(side // patch_size for side in input_size)  # patches (rows, columns)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        # Made contiguous once, since every later elementwise operation would keep the transposed layout
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -105,10 +116,260 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size):
 
 
 # ---------------------------------------------------------------------------------------------
+# Parts of blocks
+
+
+def modulate(x, shift, scale):
+    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D); zeros change
+    nothing."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def gelu():
+    return nn.GELU(approximate="tanh")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens x (N, T, D). qk_norm: normalise each head's queries and keys."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
+        super().__init__()
+        self.num_heads, head_width = num_heads, hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_width) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (N, T, 3, heads, D / heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
+        x = nn.functional.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, hidden_size, hidden_features, grid_size):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, hidden_features)
+        self.act = gelu()
+        self.fc2 = nn.Linear(hidden_features, hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ConvFFN(nn.Module):
+    """The same with a depth-wise 3x3 convolution over the patches behind the GELU (LocalViT, arXiv
+    2104.05707). Tokens that are no patches pass it by."""
+
+    def __init__(self, hidden_size, hidden_features, grid_size):
+        super().__init__()
+        self.grid_size, self.patches = grid_size, grid_size[0] * grid_size[1]
+        self.fc1 = nn.Linear(hidden_size, hidden_features)
+        self.act = gelu()
+        self.conv = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features)
+        self.fc2 = nn.Linear(hidden_features, hidden_size)
+
+    def forward(self, x):
+        x = self.act(self.fc1(x))  # (N, T, 4D)
+        patches, others = x.split([self.patches, x.shape[1] - self.patches], dim=1)
+        image = patches.transpose(1, 2).unflatten(2, self.grid_size)  # (N, 4D, rows, columns)
+        patches = self.conv(image).flatten(2).transpose(1, 2)
+        return self.fc2(torch.cat([patches, others], dim=1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens x (N, T, D) to the tokens of a condition (N, M, D)."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, condition):
+        def heads(tokens):  # (N, T, D) to (N, heads, T, D / heads)
+            return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        key, value = self.kv(condition).chunk(2, dim=2)
+        x = nn.functional.scaled_dot_product_attention(heads(self.q(x)), heads(key), heads(value))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Registers(nn.Module):
+    """Learned tokens behind the patches, a place to keep what no patch holds (arXiv 2309.16588)."""
+
+    def __init__(self, count, hidden_size):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, count, hidden_size))
+
+    def forward(self, x):
+        return torch.cat([x, self.tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+
+
+FFNS = {"mlp": MLP, "conv": ConvFFN}
+
+
+# ---------------------------------------------------------------------------------------------
+# Final layers
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D) to patches (N, T, p·p·C_out), modulated by c; zero at initialisation."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+    def initialize_zero(self):
+        for layer in (self.adaLN_modulation[-1], self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class PlainFinalLayer(nn.Module):
+    """The same with a plain affine norm, for blocks that condition in other ways."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+
+    def forward(self, x, c):
+        return self.linear(self.norm_final(x))
+
+    def initialize_zero(self):
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# The paper's four blocks (its figure 3), with one signature: forward(x, c) -> x. `condition` makes, of tokens
+# and the embeddings of time and label, the tokens that enter the first block and the c that all blocks get.
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning: starts as the identity, since its gates start at 0."""
+
+    final_layer = FinalLayer
+
+    def __init__(self, hidden_size, num_heads, attention, ffn):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = ffn(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    @staticmethod
+    def condition(x, embeddings):
+        return x, sum(embeddings[1:], embeddings[0])  # (N, D)
+
+    def forward(self, x, c):
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # six of (N, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+    def initialize_zero(self):
+        nn.init.zeros_(self.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.adaLN_modulation[-1].bias)
+
+
+class AdaLNBlock(DiTBlock):
+    """The same without gates, and with an ordinary initialisation."""
+
+    def __init__(self, hidden_size, num_heads, attention, ffn):
+        super().__init__(hidden_size, num_heads, attention, ffn)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
+
+    def forward(self, x, c):
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+    def initialize_zero(self):
+        pass
+
+
+class InContextBlock(nn.Module):
+    """A plain transformer block; time and label are tokens among the others."""
+
+    final_layer = PlainFinalLayer
+
+    def __init__(self, hidden_size, num_heads, attention, ffn):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = ffn(hidden_size)
+
+    @staticmethod
+    def condition(x, embeddings):
+        tokens = torch.stack(embeddings, dim=1)  # (N, 2, D)
+        return torch.cat([x, tokens.to(x.dtype)], dim=1), tokens
+
+    def forward(self, x, c):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+    def initialize_zero(self):
+        pass
+
+
+class CrossAttentionBlock(nn.Module):
+    """A transformer block whose tokens also attend to those of time and label."""
+
+    final_layer = PlainFinalLayer
+
+    def __init__(self, hidden_size, num_heads, attention, ffn):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.norm3 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = ffn(hidden_size)
+
+    @staticmethod
+    def condition(x, embeddings):
+        return x, torch.stack(embeddings, dim=1)  # (N, 2, D)
+
+    def forward(self, x, c):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm2(x), c)
+        x = x + self.mlp(self.norm3(x))
+        return x
+
+    def initialize_zero(self):
+        pass
+
+
+BLOCKS = {
+    "adaln-zero": DiTBlock,
+    "adaln": AdaLNBlock,
+    "cross-attention": CrossAttentionBlock,
+    "in-context": InContextBlock,
+}
+
+
+# ---------------------------------------------------------------------------------------------
 # The model
 
 
-def full_precision(x):
+def disable_autocast(x):
     """Turns off autocast, on the device of x: time, conditioning and output keep the weights' own
     precision."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
@@ -168,7 +429,7 @@ class DiT(nn.Module):
         self.learn_sigma, self.num_heads, self.num_classes = learn_sigma, num_heads, num_classes
         self.grad_checkpointing = False  # set it to recompute every block in the backward pass, for memory
 
-        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         # A frozen parameter rather than a buffer: the published weights and parameter counts hold it.
@@ -176,8 +437,7 @@ class DiT(nn.Module):
             torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=pos_embed == "learned"
         )
         self.registers = Registers(registers, hidden_size) if registers else nn.Identity()
-        norm = dict(qk_norm=True, norm_layer=nn.LayerNorm) if qk_norm else {}
-        attention = partial(Attention, qkv_bias=True, **norm)
+        attention = partial(Attention, qk_norm=qk_norm)
         grid_size = self.x_embedder.grid_size
         network = partial(FFNS[ffn], hidden_features=int(hidden_size * mlp_ratio), grid_size=grid_size)
         self.condition = BLOCKS[block].condition
@@ -256,10 +516,9 @@ class DiT(nn.Module):
             raise ValueError(
                 f"x {tuple(x.shape)}: this model takes (N, {self.in_channels}, %d, %d)" % self.input_size
             )
-        # PatchEmbed returns a transposed view, whose layout every later elementwise operation would keep:
-        x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         x = self.registers(x)
-        with full_precision(x):
+        with disable_autocast(x):
             embeddings = [self.t_embedder(t)]  # each (N, D)
         if self.y_embedder is not None:
             embeddings.append(self.y_embedder(y, self.training, force_drop_ids))
@@ -271,8 +530,8 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, c_blocks, use_reentrant=False)
             else:
                 x = block(x, c_blocks)
-        with full_precision(x):
-            # What stands behind the patches, registers and conditions, has served:
+        with disable_autocast(x):
+            # Drop register and condition tokens, which stand after the patches:
             x = self.final_layer(x[:, : self.x_embedder.num_patches].to(c.dtype), c)  # (N, T, p·p·C_out)
         return self.unpatchify(x)  # (N, C_out, H, W)
 
@@ -357,7 +616,7 @@ def count_macs(model):
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        clone = DiT(**model.config).eval()
+        clone = type(model)(**model.config).eval()
         clone(*_one_input(clone))
     return counter.get_total_flops() // 2
 
@@ -378,7 +637,7 @@ def count_activation_bytes(model):
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        clone = DiT(**model.config).eval()
+        clone = type(model)(**model.config).eval()
         weights = {weight.untyped_storage()._cdata for weight in clone.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = clone(*_one_input(clone))

@@ -6,14 +6,13 @@ import torch
 
 import checkpoint
 from autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from blocks import BLOCKS, FFNS
 from data import DATASETS, LatentCache, held_out_count, open_dataset
 from diffusion import PATHS, create_process
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from experiment import import_wandb
 from inception import add_inception_arguments, read_fid_reference, read_weights
-from models import POS_EMBEDS, DiT, DiT_models, count_macs
+from models import BLOCKS, FFNS, POS_EMBEDS, DiT, DiT_models, count_macs
 from runtime import Parser, UserError, add_precision_argument, blame
 from sampler import (
     DEFAULTS,

@@ -7,8 +7,7 @@ import torch
 from conftest import build_tiny, rule_input
 
 import checkpoint
-from blocks import BLOCKS, FFNS, ConvFFN, CrossAttention
-from models import DiT, DiT_models, count_macs
+from models import BLOCKS, FFNS, ConvFFN, CrossAttention, DiT, DiT_models, count_macs
 
 OPTIONS = {
     **{f"block {name}": dict(block=name) for name in BLOCKS},

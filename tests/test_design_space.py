@@ -13,9 +13,8 @@ from test_train import SMALL, run
 
 import checkpoint
 import sample
-from blocks import BLOCKS
 from diffusion import Guidance, create_diffusion, create_flow
-from models import DiT_models
+from models import BLOCKS, DiT_models
 from runtime import UserError, launch
 from sampler import Sampler
 
