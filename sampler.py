@@ -10,6 +10,7 @@ drawn in this order, on the CPU. So an image depends on its seed alone, not on i
 """
 
 import argparse
+import contextlib
 import math
 import os
 from functools import cached_property
@@ -102,11 +103,12 @@ class Sampler:
         self, model, process=None, autoencoder=None, device=None, defaults=None, guide=None, cuda_graphs=False
     ):
         self.device = check_cuda_graphs(cuda_graphs, device)
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device)
         self.process = process or create_diffusion(None, learn_sigma=model.learn_sigma)
         self.autoencoder = (autoencoder or Pixels(model.in_channels)).to(self.device)
         self.defaults = {**DEFAULTS, **self.process.sampling, **(defaults or {})}
-        self.guide = guide and guide.to(self.device).eval()
+        self.guide = guide and guide.to(self.device)
+        self._modules = [part for network in (model, guide) if network for part in network.modules()]
         if cuda_graphs:
             self.network, self.guide = Graphed(self.model), self.guide and Graphed(self.guide)
         else:
@@ -222,15 +224,16 @@ class Sampler:
         shape = (len(images), self.model.in_channels, *self.model.input_size)
         x = self.autoencoder.encode(images.to(self.device) * 2 - 1, torch.zeros(shape, device=self.device))
         clip = self.autoencoder.clip_denoised
-        noise = self.process.invert(
-            self.network, x, steps=options["steps"], model_kwargs=self._model_kwargs(old, len(x)),
-            clip_denoised=clip,
-        )  # fmt: skip
-        x = self.process.sample(
-            self.network, noise, sampler="ddim", steps=options["steps"], clip_denoised=clip,
-            model_kwargs=self._model_kwargs(new, len(x)),
-            guidance=None if new is None else make_guidance(options, self.model.config, self.guide),
-        )  # fmt: skip
+        with self._evaluating():
+            noise = self.process.invert(
+                self.network, x, steps=options["steps"], model_kwargs=self._model_kwargs(old, len(x)),
+                clip_denoised=clip,
+            )  # fmt: skip
+            x = self.process.sample(
+                self.network, noise, sampler="ddim", steps=options["steps"], clip_denoised=clip,
+                model_kwargs=self._model_kwargs(new, len(x)),
+                guidance=None if new is None else make_guidance(options, self.model.config, self.guide),
+            )  # fmt: skip
         return to_unit(self.autoencoder.decode(x))
 
     def settle(self, **options):
@@ -257,13 +260,27 @@ class Sampler:
         z = noise.randn(shape).to(self.device)
         if kept is not None:
             kept.append(z)
-        x = self.process.sample(
-            self.network, z, sampler=options["sampler"], steps=options["steps"],
-            model_kwargs=self._model_kwargs(labels, len(seeds)),
-            guidance=make_guidance(options, model.config, self.guide), randn_like=noise.randn_like,
-            clip_denoised=self.autoencoder.clip_denoised, callback=callback,
-        )  # fmt: skip
+        with self._evaluating():
+            x = self.process.sample(
+                self.network, z, sampler=options["sampler"], steps=options["steps"],
+                model_kwargs=self._model_kwargs(labels, len(seeds)),
+                guidance=make_guidance(options, model.config, self.guide), randn_like=noise.randn_like,
+                clip_denoised=self.autoencoder.clip_denoised, callback=callback,
+            )  # fmt: skip
         return self.autoencoder.decode(x), labels
+
+    @contextlib.contextmanager
+    def _evaluating(self):
+        """Model and guide in evaluation mode, in training they would drop labels; then as they were, module
+        by module, whatever is raised inside."""
+        training = [module for module in self._modules if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def _model_kwargs(self, labels, n):
         if not self.model.num_classes:

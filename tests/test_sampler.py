@@ -113,6 +113,32 @@ def test_defaults_of_another_sampler():
     assert Sampler(build_tiny(), device="cpu").settle()["cfg_channels"] == 3
 
 
+def test_a_model_in_training_is_sampled_in_evaluation():
+    """No label is dropped, the guide's neither, and every module is left in the mode that it had."""
+    options = dict(in_channels=3, learn_sigma=False)
+    guide = load_rule_weights(build_tiny(depth=1, **options), 0.1).eval()
+    model = load_rule_weights(build_tiny(class_dropout_prob=0.9, **options), 0.1).eval()
+    sampler = Sampler(model, device="cpu", defaults=dict(steps="3"), guide=guide)
+    assert not any(module.training for module in (*model.modules(), *guide.modules()))
+    images, labels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), [1, 2, 3, 4]
+    expected = sampler.sample(labels), sampler.image_to_image(images, labels, [5, 6, 7, 8], steps=3)
+    model.train().blocks[1].eval()
+    guide.train()
+    modes = [module.training for module in (*model.modules(), *guide.modules())]
+    assert torch.equal(sampler.sample(labels), expected[0])
+    assert torch.equal(sampler.image_to_image(images, labels, [5, 6, 7, 8], steps=3), expected[1])
+
+    def stop(state):
+        assert not any(module.training for module in (*model.modules(), *guide.modules()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate([0], [1], sampler.settle(), callback=stop)
+    assert [module.training for module in (*model.modules(), *guide.modules())] == modes
+    Sampler(model, device="cpu")
+    assert model.training and not model.blocks[1].training  # looking at it changes nothing
+
+
 def test_published_draws_are_one_stream():
     """With one generator an image depends on its place; the draws of the null half are passed over."""
     sampler = tiny_sampler()
