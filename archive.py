@@ -37,6 +37,7 @@ class SampleArchive:
             _write_header(file, self.shape)
             self.offset = buffer.tell()  # where the images begin
         self.notes = None
+        self.lock = FileLock(os.path.join(folder, ".lock"))  # held, once acquired, while this object lives
 
     def rows(self, batch):
         """The samples of a batch, a range."""
@@ -46,19 +47,24 @@ class SampleArchive:
     def batches(self):
         return range(-(-self.shape[0] // self.batch_size))
 
-    def begin(self):
-        """Make room for all samples, or take up what an earlier run left; called by one process alone.
+    def acquire(self):
+        """Keep other runs out of the folder, which must exist; called by one process alone.
 
-        Returns ({batch: its labels} of those that are there and intact, whether the .npz is whole).
-        Raises UserError where another run is at it, or the disk has not enough room.
-        """
-        self.lock = FileLock(os.path.join(self.folder, ".lock"))  # for as long as this object lives
+        Raises UserError where another run is at it."""
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
                 f"{self.folder}: another run is writing there; wait for it, or give another --sample-dir"
             ) from None
+
+    def begin(self):
+        """Make room for all samples, or take up what an earlier run left; called by one process alone.
+
+        Returns ({batch: its labels} of those that are there and intact, whether the .npz is whole).
+        Raises UserError where another run is at it, or the disk has not enough room.
+        """
+        self.acquire()
         size = self.offset + self.shape[0] * self.image_bytes
         whole = os.path.exists(self.path) and zipfile.is_zipfile(self.path)
         if os.path.exists(self.path) and not whole:  # cut short by something else

@@ -103,12 +103,15 @@ class Experiment:
     def _find_unfinished(self, args):
         """The newest folder of a run with the same settings that has not finished and is not running, or
         None."""
-        for name in sorted(os.listdir(args.results_dir), reverse=True):
+        numbers = numbered_runs(args.results_dir)
+        # Where a copy shares the number of a run, the run comes first:
+        for name in sorted(numbers, key=lambda name: (-numbers[name], len(name), name)):
             folder = os.path.join(args.results_dir, name)
-            settings = read_settings(folder)
-            same = settings is not None and settings == comparable(vars(args))
-            if same and not os.path.exists(os.path.join(folder, FINISHED)) and self._acquire(folder):
-                return folder
+            if read_settings(folder) == comparable(vars(args)) and not is_finished(folder):
+                if self._acquire(folder):
+                    if not is_finished(folder):  # between the two
+                        return folder
+                    self.lock.release()
         return None
 
     def _given(self, args):
@@ -138,9 +141,7 @@ class Experiment:
     def _create(self, args):
         """Make results/NNN-DiT-XL-2 under the next free number, with args.json; returns its path."""
         name = args.model.replace("/", "-") + (f"-{args.preset}" if args.preset else "")
-        taken = [
-            int(found[0]) for found in map(re.compile(r"\d+").match, os.listdir(args.results_dir)) if found
-        ]
+        taken = numbered_runs(args.results_dir).values()
         for number in itertools.count(max(taken, default=-1) + 1):
             folder = os.path.join(args.results_dir, f"{number:03d}-{name}")
             try:
@@ -165,6 +166,17 @@ class Experiment:
         self.lock.release()
 
 
+def numbered_runs(results_dir):
+    """{name: number} of what stands in a --results-dir under a name that begins with a number."""
+    matches = map(re.compile(r"\d+").match, os.listdir(results_dir))
+    return {found.string: int(found[0]) for found in matches if found}
+
+
+def is_finished(folder):
+    """Whether the run in this folder reached its last step."""
+    return os.path.exists(os.path.join(folder, FINISHED))
+
+
 def comparable(settings):
     """Of options, what a run computes: plain JSON data."""
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in EXECUTION}))
@@ -175,7 +187,7 @@ def read_settings(folder, select=comparable):
     try:
         with open(os.path.join(folder, "args.json")) as file:
             return select(json.load(file))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, AttributeError):  # absent, damaged, or of something else
         return None
 
 
@@ -183,7 +195,7 @@ def is_repeated(folder, args):
     """Whether the run in this folder was last continued as these options say, and has not finished."""
     same = read_settings(folder) == comparable(vars(args))
     last = read_settings(folder, lambda settings: settings.get("resume"))
-    return same and last == args.resume and not os.path.exists(os.path.join(folder, FINISHED))
+    return same and last == args.resume and not is_finished(folder)
 
 
 class Best:

@@ -4,6 +4,7 @@ Images are float (N, C, H, W), of 1 or 3 channels.
 """
 
 import os
+import tempfile
 
 import torch
 from PIL import Image
@@ -60,8 +61,7 @@ def make_folder(path, flag):
     """Make a folder, unless it is there, that can be written to. Raises UserError, naming the flag."""
     try:
         os.makedirs(path, exist_ok=True)
-        with open(os.path.join(path, ".writable"), "w"):
+        with tempfile.TemporaryFile(dir=path):
             pass
-        os.remove(os.path.join(path, ".writable"))
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written to ({error.strerror})") from error

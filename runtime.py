@@ -2,8 +2,11 @@
 
 import argparse
 import contextlib
+import fcntl
 import logging
 import os
+import re
+import secrets
 import signal
 import sys
 from dataclasses import dataclass
@@ -35,18 +38,47 @@ def blame(flag):
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
-    """A file to write that stands under its name only when complete and on the disk, or not at all."""
-    temporary = f"{path}.tmp"
+    """A file to write that stands under its name only when complete and on the disk, or not at all.
+
+    Any number of processes may write the same path at once, each to a temporary file of its own; the last to
+    end wins. What a killed one left goes with the next write."""
+    with contextlib.suppress(OSError):
+        _remove_abandoned(path)
+    file, temporary = _open_temporary(path, mode)
     try:
-        with open(temporary, mode) as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except Exception:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def _open_temporary(path, mode):
+    """A new file beside a path, and its name. It is locked as long as its writer lives, where the file system
+    has locks, so that only an abandoned one is removed."""
+    while True:
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        file = open(temporary, mode.replace("w", "x"))
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else taken for an abandoned one before it was locked
+            return file, temporary
+        file.close()
+
+
+def _remove_abandoned(path):
+    """Remove the temporary files of a path whose writers were killed."""
+    folder, name = os.path.split(path)
+    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
+    for found in filter(pattern.fullmatch, os.listdir(folder or ".")):
+        temporary = os.path.join(folder, found)
+        with contextlib.suppress(OSError), open(temporary, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(temporary)
 
 
 class Parser(argparse.ArgumentParser):

@@ -150,6 +150,8 @@ def begin(args, plan, options, precision, archive):
     )  # fmt: skip
     path = f"{archive.folder}.json"
     make_folder(args.sample_dir, "--sample-dir")
+    make_folder(archive.folder, "--sample-dir")
+    archive.acquire()  # before anything is looked at, which another run may be just making
     if os.path.exists(path):
         try:
             with open(path) as file:
@@ -162,11 +164,10 @@ def begin(args, plan, options, precision, archive):
                     f"{archive.folder}: holds samples with other {name.replace('_', '-')}"
                     f"{_short(found.get(name))}; remove it, or give another --sample-dir"
                 )
-    elif os.path.exists(archive.path) or os.path.exists(archive.folder):
+    elif os.path.exists(archive.path) or set(os.listdir(archive.folder)) - {".lock"}:
         raise UserError(
             f"{archive.folder}: is there without its .json; remove it, or give another --sample-dir"
         )
-    make_folder(archive.folder, "--sample-dir")
     with whole_file(path) as file:
         versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
         json.dump(dict(versions, settings=settings), file, indent=1)

@@ -1,6 +1,9 @@
 """runtime.py: processes, errors, seeds."""
 
+import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +12,8 @@ import torch
 from conftest import ROOT
 
 import runtime
-from runtime import UserError, blame, derive_seed, generator_for
+from images import make_folder
+from runtime import UserError, blame, derive_seed, generator_for, whole_file
 
 
 def test_two_processes_together():
@@ -19,6 +23,54 @@ def test_two_processes_together():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rank 0 is content" in done.stdout and "rank 1 is content" in done.stdout
+
+
+def at_once(work, count=2):
+    """Call work(index, wait) in forked processes; wait() lets them go on together. Their exit codes."""
+    context = multiprocessing.get_context("fork")
+    wait = context.Barrier(count, timeout=20).wait
+    processes = [context.Process(target=work, args=(index, wait)) for index in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes_write_one_file_at_once(tmp_path):
+    """Neither fails, what stands there is whole at any time, and nothing else is left."""
+    path = tmp_path / "settings.json"
+
+    def write(index, wait):
+        for _ in range(100):
+            wait()
+            make_folder(tmp_path, "--out")
+            with whole_file(path) as file:
+                json.dump([index] * 3000, file)
+            assert len(set(json.loads(path.read_text()))) == 1
+
+    assert at_once(write) == [0, 0]
+    assert os.listdir(tmp_path) == ["settings.json"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text("whole")
+
+    def die(index, wait):
+        with whole_file(path) as file:
+            file.write("half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert at_once(die, count=1) == [-signal.SIGKILL]
+    assert path.read_text() == "whole" and len(os.listdir(tmp_path)) == 2
+    with whole_file(path) as living:  # another's write leaves a living one's alone
+        living.write("first")
+        with whole_file(path) as file:
+            file.write("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["settings.json"]
 
 
 def test_seeds_are_well_mixed():

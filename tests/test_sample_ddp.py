@@ -1,6 +1,7 @@
 """sample_ddp.py: one .npz whatever the processes, batches and kills; what it finds is checked first."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, build_tiny, load_rule_weights
 from PIL import Image
+from test_runtime import at_once
 
 import archive as archive_module
 import checkpoint
@@ -22,7 +24,7 @@ import sample_ddp
 from archive import SampleArchive
 from diffusion import create_diffusion, create_flow
 from models import DiT_models
-from runtime import launch
+from runtime import UserError, launch
 from sampler import Plan, Sampler
 
 COUNT = 64
@@ -375,6 +377,31 @@ def test_two_runs_in_one_folder(ckpt, tmp_path, monkeypatch, capsys):
     message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path))
     assert message.endswith("another run is writing there; wait for it, or give another --sample-dir")
     assert forked.finish(first) == [0]
+
+
+def test_two_runs_that_start_at_once(ckpt, tmp_path, capsys):
+    """One goes on, the other is told so, and not that the folder is of something else."""
+    args = sample_ddp.build_parser().parse_args(argv(ckpt, tmp_path))
+    plan = Plan(args.ckpt, weights=args.weights)
+    options = plan.check()
+    outcomes = multiprocessing.get_context("fork").SimpleQueue()
+
+    def begin(index, wait):
+        for number in range(20):
+            folder = str(tmp_path / str(number) / "samples")
+            archive = SampleArchive(f"{folder}.npz", folder, (COUNT, 8, 8, 3), 7)
+            wait()
+            try:
+                sample_ddp.begin(args, plan, options, "fp32", archive)
+                outcomes.put("began")
+            except UserError as error:
+                outcomes.put(str(error).removeprefix(folder))
+            wait()
+
+    assert at_once(begin) == [0, 0]
+    found = [outcomes.get() for _ in range(40)]
+    busy = ": another run is writing there; wait for it, or give another --sample-dir"
+    assert sorted(found) == [busy] * 20 + ["began"] * 20
 
 
 def test_unwritable_folder(ckpt, tmp_path, monkeypatch, capsys):

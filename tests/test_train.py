@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -127,6 +128,20 @@ def test_runs_are_numbered(tmp_path):
     assert os.path.basename(Experiment(args).folder) == "004-DiT-S-2"
     args = train.build_parser().parse_args(["--preset", "digits", "--results-dir", str(tmp_path)])
     assert os.path.basename(Experiment(args).folder) == "005-DiT-S-2-digits"
+
+
+def test_the_newest_run_is_found_by_its_number(tmp_path):
+    """Not by the order of letters, in which 999 and a copy's name come after 1000."""
+    args = train.build_parser().parse_args([*SMALL, "--results-dir", str(tmp_path)])
+    folder = Experiment(args).folder  # which is unfinished, and no longer held
+    for name in ("backup-000-DiT-S-2", "999-DiT-S-2", "1000-DiT-S-2", "1000-DiT-S-2-copy", "notes"):
+        shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "2000-list").mkdir()
+    (tmp_path / "2000-list" / "args.json").write_text("[]")
+    held = [Experiment(args) for _ in range(5)]
+    assert [os.path.basename(experiment.folder) for experiment in held] == [
+        "1000-DiT-S-2", "1000-DiT-S-2-copy", "999-DiT-S-2", "000-DiT-S-2", "2001-DiT-S-2",
+    ]  # fmt: skip
 
 
 def test_presets():
