@@ -58,6 +58,8 @@ def main(args):
     plan.check_pictures()
     if args.published_draws:
         check_published_draws(seeds, settled)
+    if args.out:
+        check_out(args.out, count)
     if args.dry_run:
         print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
         return
@@ -87,7 +89,7 @@ def main(args):
         save_grid(images, "sample.png", nrow=4)
         for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds) if args.out else ()):
             label = None if isinstance(labels, int) else labels[i]
-            save_image(os.path.join(args.out, f"{i:06d}.png"), pixels, seed, label)
+            save_image(os.path.join(args.out, file_name(i)), pixels, seed, label)
     except OSError as error:
         raise UserError(f"sample.png: could not be written ({error.strerror}); make room") from error
     names = class_names(sampler.model.num_classes, plan.classes)
@@ -96,6 +98,29 @@ def main(args):
         shown += " (" + ", ".join(names[label].split(",")[0] for label in dict.fromkeys(labels)) + ")"
     also = [name for name, wanted in (("sample.gif", args.gif), (args.out, args.out)) if wanted]
     print(f"Saved {len(images)} samples to {' and '.join(['sample.png', *also])}{shown}")
+
+
+def file_name(i):
+    """The name, in --out, of image i."""
+    return f"{i:06d}.png"
+
+
+def check_out(folder, count):
+    """Raise UserError for an --out where other images would be left beside these: an earlier run's say, that
+    had more, and that whoever reads the folder would take for this one's."""
+    if not os.path.isdir(folder):
+        return
+    from data import is_image  # imported here, since torchvision takes seconds
+
+    mine = {file_name(i) for i in range(count)}
+    with os.scandir(folder) as entries:
+        others = sorted(entry.name for entry in entries if entry.name not in mine and is_image(entry))
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"--out {folder}: holds {others[0]}{more}, which the images of this run would not replace;"
+            " remove them, or give another folder"
+        )
 
 
 def choose_labels(args, num_classes, classes=None):
@@ -140,8 +165,9 @@ def build_parser():
     group.add_argument("--gif", action="store_true",
                        help="show how the images come out of the noise, in sample.gif (default: off)")
     group.add_argument("--out", default=None, metavar="FOLDER",
-                       help="write every image as a PNG of its own there too, its seed and label in the"
-                       " file's metadata (default: none)")
+                       help="write every image as a PNG of its own there too, 000000.png and so on, its seed"
+                       " and label in the file's metadata; refused where other images would be left among"
+                       " them (default: none)")
     add_speed_arguments(parser.add_argument_group("speed"))
     parser.add_argument("--dry-run", action="store_true",
                         help="check the options, load and write nothing (default: off)")

@@ -310,6 +310,33 @@ def test_one_seed_a_sample(ckpt, monkeypatch):
     assert abs(one - other).max() <= 1
 
 
+def test_out_never_mixes_two_runs(ckpt, tmp_path, monkeypatch, capsys):
+    """The same command again replaces its images; where others would be left beside them it is refused."""
+    run(monkeypatch, "--ckpt", ckpt, "--num-samples", 3, "--out", "files")
+    first = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    assert sorted(first) == ["000000.png", "000001.png", "000002.png"]
+    (tmp_path / "files" / "notes.txt").write_text("no image")
+    run(monkeypatch, "--ckpt", ckpt, "--num-samples", 3, "--out", "files", "--seed", 7)
+    assert (tmp_path / "files" / "000002.png").read_bytes() != first["000002.png"]
+    run(monkeypatch, "--ckpt", ckpt, "--num-samples", 3, "--out", "files")
+    assert all((tmp_path / "files" / name).read_bytes() == data for name, data in first.items())
+    os.remove("sample.png")
+    capsys.readouterr()
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "--ckpt", ckpt, "--num-samples", 1, "--out", "files", *more)
+        assert capsys.readouterr().err == (
+            "sample.py: error: --out files: holds 000001.png and 1 more, which the images of this run would"
+            " not replace; remove them, or give another folder\n"
+        )
+    save_grid(torch.zeros(1, 1, 64, 64), "files/cat.JPG", nrow=1)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--ckpt", ckpt, "--num-samples", 3, "--out", "files")
+    assert "--out files: holds cat.JPG, which the images of this" in capsys.readouterr().err
+    assert not os.path.exists("sample.png")
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {*first, "notes.txt", "cat.JPG"}
+
+
 def test_published_draws_by_command(ckpt, monkeypatch):
     options = ["--class-labels", 3, 4, "--published-draws", "--sampler", "ddpm", "--num-sampling-steps", 4]
     run(monkeypatch, "--ckpt", ckpt, *options, "--seed", 7, "--out", "files")
