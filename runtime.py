@@ -19,6 +19,9 @@ from tqdm.auto import tqdm
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
+# How long processes wait for one another: tens of minutes, since the main one may download weights meanwhile.
+TIMEOUT = timedelta(minutes=60)
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: its message, one line, names the flag or file, the value and the
@@ -197,7 +200,7 @@ class StopRequest:
 
     def __init__(self, processes):
         self.signalled = False
-        self.group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if processes.world_size > 1 else None
         self.before = signal.signal(signal.SIGTERM, self._note)  # which a launcher may send more than once
         self.previous = signal.signal(signal.SIGINT, self._note)
 
@@ -245,9 +248,8 @@ def start_processes():
     else:
         device = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        # Tens of minutes, since the main process may download weights while the others wait:
         gpu = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=timedelta(minutes=60), **gpu)
+        dist.init_process_group(timeout=TIMEOUT, **gpu)
     return Processes(rank, world_size, device)
 
 

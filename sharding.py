@@ -37,19 +37,13 @@ def shard(model):
     return fully_shard(model, reshard_after_forward=True)
 
 
-def gather_copy(model, device, everywhere=False):
-    """The whole model, plain, on the main process's device, None on the others; every process calls it.
-
-    everywhere: on every process's device."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
-    state = get_model_state_dict(model, options=options)
-    if not state:  # which only the main process gets
-        return None
+def gather_copy(model, device):
+    """The whole model, plain, on every process's device; every process calls it."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.device("meta"):
         copy = DiT(**model.config)
-    copy = copy.to_empty(device=device).eval()
-    copy.load_state_dict(state)
-    return copy
+    copy.load_state_dict(state, assign=True)  # rather than hold it twice
+    return copy.to(device).eval()
 
 
 def local(tensor):

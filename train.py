@@ -34,7 +34,7 @@ from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
 from experiment import Best, Experiment, Meter, Metrics, comparable, memory_gib, peak_flops
 from images import save_gif, save_grid
-from inception import SampleFID
+from inception import SampleFID, share_of
 from models import DiT, count_macs
 from runtime import (
     EVALUATION,
@@ -166,15 +166,20 @@ def main(args):
             logger.info(f"Saved checkpoint to {written}")
         return written
 
-    def sample(step, averaged):
+    def sample(step):
+        averaged = sharding.gather_copy(ema, device) if args.shard else ema
         sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
         for scale in args.sample_cfg_scales or [None]:
-            path = experiment.picture_path(step, scale)
-            rows = sample_grid(sampler, path, args.global_seed, scale, args.sample_gif)
-            logger.info(f"Samples{rows}: {path}")
+            images, frames, rows = sample_grid(sampler, args.global_seed, scale, args.sample_gif, processes)
+            if processes.is_main:
+                path = experiment.picture_path(step, scale)
+                if frames is not None:
+                    save_gif(frames, path.replace(".png", ".gif"), nrow=10)
+                save_grid(images, path, nrow=10)
+                logger.info(f"Samples{rows}: {path}")
 
     def compute_fid(step):
-        averaged = sharding.gather_copy(ema, device, everywhere=True) if args.shard else ema
+        averaged = sharding.gather_copy(ema, device) if args.shard else ema
         value = fid(Sampler(averaged, process, autoencoder, device, fid.sampling))
         contents = dict(ema=averaged.state_dict(), args=vars(args), step=step, config=config)
         kept = processes.on_main(lambda: best.offer(value, contents))
@@ -228,20 +233,17 @@ def main(args):
             if step % args.ckpt_every == 0 and step < total:
                 path, saved = save(step), step
             if args.sample_every and step % args.sample_every == 0 and step < total:
-                averaged = sharding.gather_copy(ema, device) if args.shard else ema
-                if processes.is_main:
-                    sample(step, averaged)
-                processes.barrier()
+                sample(step)
     path = save(total) if total > saved else path
     stop.close()  # from here on, nothing would be lost
-    averaged = sharding.gather_copy(ema, device) if args.shard else ema
-    leave_group()
 
     # Sample:
     if processes.is_main:
         metrics.close()
-        if args.sample_every != 0:
-            sample(total, averaged)
+    if args.sample_every != 0:
+        sample(total)
+    leave_group()
+    if processes.is_main:
         experiment.finish()
         python = "uv run" if "UV" in os.environ else "python"
         labels = " --class-labels 0 1 2 3 4 5 6 7 8 9" if model.num_classes == 10 else ""
@@ -436,20 +438,29 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64
     return sum(processes.gather(total)) / n
 
 
-def sample_grid(sampler, path, seed, cfg_scale=None, gif=False):
-    """Write a PNG of samples, a row a class of at most ten, evenly spread, and a GIF of how they came out of
-    the noise; returns in words what its rows are."""
-    classes, options = sampler.model.num_classes, dict(seeds=seed, cfg_scale=cfg_scale, progress=True)
-    if classes:
-        shown = sorted({round(i * (classes - 1) / 9) for i in range(10)})
-        images = sampler.sample_each_class(10, shown, return_trajectory=gif, **options)
-    else:
-        shown, images = [], sampler.sample(40, return_trajectory=gif, **options)
+def sample_grid(sampler, seed, cfg_scale, gif, processes):
+    """Samples, a row of ten a class of at most ten, evenly spread, each process making an equal part of them.
+
+    Returns, on the main process, images (N, C, H, W), and how they came out of the noise (F, N, C, H, W), or
+    None without gif; on the others None twice. And in words what the rows are.
+    """
+    classes = sampler.model.num_classes
+    shown = sorted({round(i * (classes - 1) / 9) for i in range(10)}) if classes else []
+    labels = [label for label in shown for _ in range(10)]
+    count = len(labels) or 40
+    start, stop = share_of(count, 1, processes)
+    # Where there are more processes than samples, those without one make the first, and it is not taken:
+    mine = range(start, stop) or range(1)
+    images = sampler.sample(
+        [labels[i] for i in mine] if classes else len(mine), seeds=seed + mine.start, cfg_scale=cfg_scale,
+        return_trajectory=gif, progress=processes.is_main,
+    )  # fmt: skip
+    images, frames = images if gif else (images, None)
+    images = processes.join_rows(images[: stop - start])
     if gif:
-        images, trajectory = images
-        save_gif(trajectory, path.replace(".png", ".gif"), nrow=10)
-    save_grid(images, path, nrow=10)
-    return f" of classes {', '.join(map(str, shown))} (rows)" if classes else ""
+        frames = processes.join_rows(frames.transpose(0, 1)[: stop - start].contiguous())
+        frames = frames.transpose(0, 1) if processes.is_main else None
+    return images, frames, f" of classes {', '.join(map(str, shown))} (rows)" if classes else ""
 
 
 # ---------------------------------------------------------------------------------------------

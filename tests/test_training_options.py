@@ -1,5 +1,6 @@
 """What train.py can do besides: memory and precision, pictures and validation, fine-tuning, and faults."""
 
+import functools
 import os
 import resource
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from conftest import load_rule_weights
 from forked import finish, rows, start, start_two, wait_for_step
+from PIL import Image, ImageSequence
 from test_data import write_image
 from test_train import SMALL
 
 import checkpoint
+from images import save_gif, save_grid
 from models import DiT, DiT_models
 from sampler import Sampler
 
@@ -231,6 +234,43 @@ def test_validation_is_shared_by_processes(tmp_path):
     one, _ = run(tmp_path / "one", *argv)
     two, _ = run(tmp_path / "two", *argv, runs=start_two)
     np.testing.assert_allclose(losses(two, "eval_loss"), losses(one, "eval_loss"), rtol=1e-5)
+
+
+def say_what_is_sampled():
+    sample = Sampler.sample
+
+    def counting(self, labels, **options):
+        print(f"rank {os.environ['RANK']} sampled {len(labels)}")
+        return sample(self, labels, **options)
+
+    Sampler.sample = counting
+
+
+@pytest.mark.parametrize("more", [[], ["--shard"]])
+def test_pictures_are_shared_by_processes(tmp_path, more):
+    """Each of three makes a third, while training and at the end: the picture and frames that one makes."""
+    argv = [*SMALL, "--max-steps", 8, "--sample-every", 4, "--global-batch-size", 12, "--ema-decay", 0.5,
+            "--lr", "1e-2", "--sample-gif"]  # fmt: skip
+    runs = functools.partial(start_two, count=3)
+    folder, printed = run(tmp_path, *argv, *more, runs=runs, before=say_what_is_sampled)
+    for rank, count in enumerate((33, 33, 34)):
+        assert printed.count(f"rank {rank} sampled {count}\n") == 2
+    names = {f"000000{step}.{kind}" for step in (4, 8) for kind in ("png", "gif")}
+    assert set(os.listdir(folder / "samples")) == names
+
+    newest = str(folder / "checkpoints" / ("0000008" + ("" if more else ".pt")))
+    sampler = Sampler.from_checkpoint(newest, device="cpu")
+    images, frames = sampler.sample_each_class(10, seeds=0, return_trajectory=True)
+    assert (images[:30] - images[30:60]).abs().mean() > 0.05  # a row in another's place would show
+    save_grid(images, str(tmp_path / "again.png"), nrow=10)
+    save_gif(frames, str(tmp_path / "again.gif"), nrow=10)
+    for kind, count in (("png", 1), ("gif", 4)):
+        one, shared = (
+            [np.array(frame.convert("L"), float) for frame in ImageSequence.Iterator(Image.open(path))]
+            for path in (tmp_path / f"again.{kind}", folder / "samples" / f"0000008.{kind}")
+        )
+        assert len(one) == len(shared) == count
+        assert np.abs(np.subtract(one, shared)).mean() < 0.1  # levels of 256: rounding alone
 
 
 # ---------------------------------------------------------------------------------------------

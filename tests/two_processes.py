@@ -1,6 +1,7 @@
 """Run by test_runtime.py under torchrun with two processes: what they do together."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime  # noqa: E402
 import train  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
 from diffusion.timestep_sampler import LossSecondMomentResampler  # noqa: E402
@@ -20,6 +22,9 @@ assert processes.world_size == 2 and processes.is_main == (rank == 0) and proces
 
 assert processes.broadcast({"folder": f"from {rank}"}) == {"folder": "from 0"}
 assert processes.mean(torch.tensor([1.0, 2.0]) * (rank + 1)).tolist() == [1.5, 3.0]
+
+rows = processes.join_rows(torch.full((2 * (1 - rank), 3), 7))  # of which rank 1 has none
+assert rows is None if rank else rows.tolist() == [[7] * 3] * 2
 
 processes.assert_same([torch.ones(3), torch.tensor([float("nan")])])
 try:
@@ -55,6 +60,18 @@ except UserError as error:
     assert "cannot be written to" in str(error)
 else:
     raise AssertionError("the other process went on")
+
+# The group that agrees on signals waits as long as the run's other groups do:
+runtime.TIMEOUT = timedelta(seconds=3)
+stop = runtime.StopRequest(processes)
+if rank == 0:  # alone
+    try:
+        stop.agreed()
+    except RuntimeError as error:
+        assert "imed out" in str(error), error
+    else:
+        raise AssertionError("waited beyond the limit")
+processes.barrier()
 
 torch.distributed.destroy_process_group()
 print(f"rank {rank} is content")
