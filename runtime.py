@@ -280,7 +280,7 @@ def set_precision(precision, device):
 
 
 # Which draws a seed is for; an epoch's order and a step's noise must not share a stream of numbers.
-ORDER, STEP, HOLD_OUT, EVALUATION = 0, 1, 2, 3
+ORDER, STEP, HOLD_OUT, EVALUATION, LABEL = 0, 1, 2, 3, 4
 
 
 def derive_seed(*numbers):
@@ -292,6 +292,13 @@ def derive_seed(*numbers):
 def generator_for(device, *numbers):
     """A generator on the device seeded by derive_seed(*numbers)."""
     return torch.Generator(device).manual_seed(derive_seed(*numbers))
+
+
+def fold_seed(seed):
+    """A seed of any size as 32 bits, all that a generator of the CPU reads: below 2^32 the seed itself, from
+    there on moved by what its higher bits say, so that the 2^32 seeds that share those stay distinct."""
+    beyond, low = divmod(seed, 2**32)
+    return (low + derive_seed(beyond)) % 2**32 if beyond else low
 
 
 # ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from autoencoder import PUBLISHED_VAES, resolve_vae
 from images import make_folder, save_image, to_uint8
 from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
 from sampler import (
+    DRAWS,
     FID_CFG_SCALE,
     Plan,
     add_checkpoint_arguments,
@@ -73,7 +74,7 @@ def main(args):
     archive = SampleArchive(
         f"{folder}.npz", folder, (args.num_fid_samples, *plan.image_size, 3), args.per_proc_batch_size
     )
-    done, is_whole = processes.on_main(begin, args, plan, options, precision, archive)
+    done, is_whole, draws = processes.on_main(begin, args, plan, options, precision, archive)
     logger = create_logger(enabled=processes.is_main)
     if is_whole:
         logger.info(f"{archive.path} is complete; remove it and its folder to sample again")
@@ -84,7 +85,7 @@ def main(args):
     # Sample:
     sampler = plan.build(processes.device, precision, args.compile, args.cuda_graphs)
     todo = [batch for batch in archive.batches if batch not in done][processes.rank :: processes.world_size]
-    sample_batches(todo, sampler, archive, args, options, processes)
+    sample_batches(todo, sampler, archive, args, dict(options, draws=draws), processes)
     processes.barrier()
 
     # Sum up:
@@ -140,13 +141,14 @@ def commit(archive, batch, pixels, labels, jobs, writer):
 def begin(args, plan, options, precision, archive):
     """Make the folder and the JSON of settings, or check that they are this run's; then see what is there.
 
-    Returns as SampleArchive.begin."""
+    Returns what SampleArchive.begin does, and the rule of its draws, see SampleNoise."""
     settings = dict(
         weights=fingerprint(plan.checkpoint.state_dict(args.weights)), which_weights=args.weights,
         guide=plan.guide and fingerprint(plan.guide.checkpoint.state_dict()),
         model=plan.model_config, process=plan.process.config, vae=resolve_vae(plan.vae), **options,
         global_seed=args.global_seed, labels=args.labels, num_fid_samples=args.num_fid_samples,
         per_proc_batch_size=args.per_proc_batch_size, precision=precision, compile=args.compile, png=args.png,
+        draws=DRAWS,
     )  # fmt: skip
     path = f"{archive.folder}.json"
     make_folder(args.sample_dir, "--sample-dir")
@@ -158,6 +160,8 @@ def begin(args, plan, options, precision, archive):
                 found = json.load(file)["settings"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: cannot be read; remove it and its folder") from error
+        if found.setdefault("draws", 1) == 1:  # begun by an earlier version, and continued by its rule
+            settings["draws"] = 1
         for name, value in json.loads(json.dumps(settings)).items():
             if found.get(name) != value:
                 raise UserError(
@@ -171,7 +175,7 @@ def begin(args, plan, options, precision, archive):
     with whole_file(path) as file:
         versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
         json.dump(dict(versions, settings=settings), file, indent=1)
-    return archive.begin()
+    return *archive.begin(), settings["draws"]
 
 
 def _short(value):

@@ -4,9 +4,10 @@
     images = sampler.sample([3, 1, 4])                  # (3, C, H, W) in [0, 1]
     images = sampler.sample_each_class(10, cfg_scale=2.0)
 
-Every image has a seed of its own, from which its label (if random), its first noise and one noise a step are
-drawn in this order, on the CPU. So an image depends on its seed alone, not on its batch, process or device
-(but for rounding in matrix products, which changes with the shape of the batch).
+Every image has a seed of its own, from which its first noise and one noise a step are drawn in this order, on
+the CPU, and from another stream its label, if random. So an image depends on its seed and label alone, given
+or drawn, not on its batch, process or device (but for rounding in matrix products, which changes with the
+shape of the batch).
 """
 
 import argparse
@@ -26,7 +27,7 @@ from download import PRETRAINED_MODELS, find_file
 from graphs import Graphed
 from images import to_unit
 from models import DiT, DiT_models, null_label
-from runtime import UserError, add_precision_argument, blame
+from runtime import LABEL, UserError, add_precision_argument, blame, derive_seed, fold_seed
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
 # samples guide three of the four latent channels; a model of another number of channels is guided whole.
@@ -37,17 +38,27 @@ DEFAULTS = dict(cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedul
 STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25", "sde": "250"}
 PUBLISHED_SIZES = {"DiT-XL-2-256x256.pt": 256, "DiT-XL-2-512x512.pt": 512}  # pixels
 FRAMES = 32  # of a trajectory, after the noise
+DRAWS = 2  # the rule by which a seed becomes label and noise; see SampleNoise
 
 
 class SampleNoise:
-    """Randomness of a batch, row by row: each row has a generator, seeded by its own seed (modulo 2^32)."""
+    """Randomness of a batch, row by row: each row has a generator, seeded by its own seed.
 
-    def __init__(self, seeds):
-        self.generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
+    draws   1 for the rule of earlier versions, by which the samples that they began are continued: a label
+            comes first out of the generator of the noise, which is then another than under a given label,
+            and seeds count modulo 2^32
+    """
+
+    def __init__(self, seeds, draws=DRAWS):
+        self.seeds, self.draws = [int(seed) for seed in seeds], draws
+        folded = [seed % 2**32 if draws == 1 else fold_seed(seed) for seed in self.seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in folded]
 
     def labels(self, num_classes):
         """A random label a row, (N,)."""
-        return torch.stack([torch.randint(num_classes, (), generator=g) for g in self.generators])
+        if self.draws == 1:
+            return torch.stack([torch.randint(num_classes, (), generator=g) for g in self.generators])
+        return torch.tensor([derive_seed(seed, LABEL) % num_classes for seed in self.seeds])
 
     def randn(self, shape):
         """Normal noise (N, *shape), on the CPU."""
@@ -247,14 +258,14 @@ class Sampler:
 
         seeds     one a sample
         labels    one a sample; None for random ones, or for an unconditional model
-        options   as `settle` gave them
+        options   as `settle` gave them; and draws, see SampleNoise, where it is not the present rule
         kept      a list that gets the noise sampling starts from
         """
         model, shape = self.model, (self.model.in_channels, *self.model.input_size)
         if published_draws:
             noise = PublishedNoise(seeds[0], len(seeds), self.device, model.config)
         else:
-            noise = SampleNoise(seeds)
+            noise = SampleNoise(seeds, options.get("draws", DRAWS))
         if labels is None and model.num_classes:
             labels = noise.labels(model.num_classes).tolist()
         z = noise.randn(shape).to(self.device)

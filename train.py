@@ -42,6 +42,7 @@ from runtime import (
     StopRequest,
     UserError,
     create_logger,
+    fold_seed,
     generator_for,
     launch,
     leave_group,
@@ -124,7 +125,7 @@ def main(args):
     logger.info(f"Experiment directory {'found' if resume_path else 'created'} at {folder}")
 
     # Build the model, its average and the optimiser:
-    torch.manual_seed(args.global_seed)
+    torch.manual_seed(fold_seed(args.global_seed))
     model = DiT(**model_config)
     if initial is not None:
         logger.info(checkpoint.initialize(model, initial))

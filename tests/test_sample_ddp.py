@@ -105,6 +105,63 @@ def test_samples_are_the_sampler_s(ckpt, tmp_path, monkeypatch):
             assert picture.info["seed"] == str(100 + i) and picture.info["label"] == str(found["arr_1"][i])
 
 
+def test_a_random_label_s_image_is_sample_py_s(ckpt, tmp_path, monkeypatch):
+    """Number i of a random label is what sample.py makes of seed and label, on both sides of seed 2^32."""
+    monkeypatch.chdir(tmp_path)
+    first = 2**32 - 3
+    run(monkeypatch, *argv(ckpt, "samples", "--png", "--global-seed", first, count=6))
+    labels = np.load(npz_of(tmp_path / "samples"))["arr_1"].tolist()
+    assert len(set(labels)) > 1
+    for i, label in enumerate(labels):
+        words = ["sample.py", "--ckpt", ckpt, "--seed", first + i, "--class-labels", label, "--out", "one"]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        launch(sample.main, sample.build_parser())
+        (path,) = (tmp_path / "samples").rglob(f"{i:06d}.png")
+        with Image.open(path) as mine, Image.open(tmp_path / "one" / "000000.png") as other:
+            assert mine.info == other.info == dict(seed=str(first + i), label=str(label))
+            assert abs(np.array(mine).astype(int) - np.array(other)).max() <= 1  # another batch's rounding
+
+
+class FormerNoise:
+    """The draws of versions whose .json says nothing of them: one generator, the label first."""
+
+    def __init__(self, seeds, draws=None):
+        self.generators = [torch.Generator().manual_seed(seed % 2**32) for seed in seeds]
+
+    def labels(self, num_classes):
+        return torch.stack([torch.randint(num_classes, (), generator=g) for g in self.generators])
+
+    def randn(self, shape):
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+
+    def randn_like(self, x):
+        return self.randn(x.shape[1:])
+
+
+def test_samples_begun_by_an_earlier_version_are_continued_by_its_rule(ckpt, tmp_path, monkeypatch, capsys):
+    options = ["--global-seed", 2**32 - 5]
+    run(monkeypatch, *argv(ckpt, tmp_path / "now", *options, count=14))
+    with monkeypatch.context() as former:
+        former.setattr("sampler.SampleNoise", FormerNoise)
+        run(former, *argv(ckpt, tmp_path / "former", *options, count=14))
+        former.setattr(SampleArchive, "finish", lambda self: None)  # stopped just before
+        run(former, *argv(ckpt, tmp_path / "half", *options, count=14))
+    (settings,) = (tmp_path / "half").glob("*.json")
+    contents = json.loads(settings.read_text())
+    assert contents["settings"].pop("draws") == 2
+    settings.write_text(json.dumps(contents))
+    (path,) = (tmp_path / "half").rglob(".batches-*")
+    path.write_text("".join(line for line in path.read_text().splitlines() if '"batch": 0' in line))
+    capsys.readouterr()
+    run(monkeypatch, *argv(ckpt, tmp_path / "half", *options, count=14))
+    assert "1 of 2 batches are there" in capsys.readouterr().out
+    assert npz_of(tmp_path / "half").read_bytes() == npz_of(tmp_path / "former").read_bytes()
+    assert npz_of(tmp_path / "half").read_bytes() != npz_of(tmp_path / "now").read_bytes()
+    assert json.loads(settings.read_text())["settings"]["draws"] == 1  # also when it is stopped again
+    run(monkeypatch, *argv(ckpt, tmp_path / "half", *options, count=14))
+    assert "is complete" in capsys.readouterr().out
+
+
 def notes(folder):
     return sum(path.read_text().count("}") for path in folder.rglob(".batches-*"))
 

@@ -14,7 +14,7 @@ import checkpoint
 import sample
 from diffusion import create_diffusion
 from images import save_grid
-from runtime import UserError, launch
+from runtime import UserError, fold_seed, launch
 from sampler import SampleNoise, Sampler
 
 
@@ -57,7 +57,32 @@ def test_random_labels_belong_to_the_seed():
     labels = SampleNoise(range(40)).labels(10)
     assert len(labels.unique()) > 5
     assert torch.equal(SampleNoise(range(20, 40)).labels(10), labels[20:])
-    assert torch.equal(SampleNoise([5 + 2**32]).randn((2, 2)), SampleNoise([5]).randn((2, 2)))
+    counts = SampleNoise(range(4000)).labels(10).bincount()
+    assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared of 9 degrees of freedom: 1 in 1000
+
+
+def test_a_drawn_label_is_as_good_as_a_given_one():
+    """The image is the same to the bit, for the noise does not know whether a label was drawn before it."""
+    sampler = tiny_sampler()
+    labels = SampleNoise(range(100, 108)).labels(10).tolist()
+    assert torch.equal(sampler.sample(8, seeds=100), sampler.sample(labels, seeds=100))
+
+
+def test_seeds_do_not_wrap():
+    """2^32 is not 0 again, nor are any two beyond it alike; below it the generator has the seed itself."""
+    sampler = tiny_sampler()
+    images = sampler.sample([3] * 6, seeds=[0, 1, 2**32, 2**32 + 1, 2**33, 2**40], steps=2)
+    for i in range(6):
+        for j in range(i):
+            assert (images[i] - images[j]).abs().mean() > 0.02
+    across = sampler.sample([3] * 4, seeds=2**32 - 2, steps=2)
+    torch.testing.assert_close(across[2:], images[2:4], atol=1e-4, rtol=0)  # other batches' rounding
+    for seed in (0, 5, 2**32 - 1):
+        expected = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(SampleNoise([seed]).randn((3, 4))[0], expected)
+    assert len({fold_seed(2**32 + i) for i in range(1000)} | set(range(1000))) == 2000
+    labels = SampleNoise(range(2**32, 2**32 + 40)).labels(10)
+    assert len(labels.unique()) > 5 and not torch.equal(labels, SampleNoise(range(40)).labels(10))
 
 
 def test_seeds_give_normal_noise():
