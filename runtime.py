@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import re
 import secrets
@@ -91,7 +92,40 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
+        # "argument --batch: 0: must be …" becomes "--batch 0: must be …", the form of all our errors:
+        message = re.sub(r"^argument (--[\w-]+): (\S+: must be )", r"\1 \2", message)
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def int_at_least(low, multiple_of=1):
+    """An argparse type: whole numbers of at least low that are multiples of multiple_of."""
+
+    def parse(text):
+        value = int(text)
+        if value < low:
+            least = f"at least {low}" if low else "0 or more"
+            raise argparse.ArgumentTypeError(f"{value}: must be {least}")
+        if value % multiple_of:
+            raise argparse.ArgumentTypeError(f"{value}: must be a multiple of {multiple_of}")
+        return value
+
+    parse.__name__ = "int"  # argparse's name for it where text is no number
+    return parse
+
+
+def float_above(low):
+    """An argparse type: finite numbers above low."""
+
+    def parse(text):
+        value = float(text)
+        if not value > low:
+            raise argparse.ArgumentTypeError(f"{value}: must be more than {low}")
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{value}: must be finite")
+        return value
+
+    parse.__name__ = "float"
+    return parse
 
 
 def launch(main, parser):

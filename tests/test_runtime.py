@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import runtime
 from images import make_folder
-from runtime import UserError, blame, derive_seed, generator_for, whole_file
+from runtime import UserError, blame, derive_seed, float_above, generator_for, int_at_least, whole_file
 
 
 def test_two_processes_together():
@@ -92,6 +92,33 @@ def test_blame_names_the_flag():
     with pytest.raises(KeyError):
         with blame("--lr 5"):
             raise KeyError("a bug stays a bug")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--n 0", "--n 0: must be at least 1"),
+        ("--n 3 -2", "--n -2: must be at least 1"),
+        ("--n 1.5", "argument --n: invalid int value: '1.5'"),
+        ("--workers -1", "--workers -1: must be 0 or more"),
+        ("--side 96", "--side 96: must be a multiple of 64"),
+        ("--rate 0", "--rate 0.0: must be more than 0"),
+        ("--rate nan", "--rate nan: must be more than 0"),
+        ("--rate inf", "--rate inf: must be finite"),
+        ("--rate fast", "argument --rate: invalid float value: 'fast'"),
+    ],
+)
+def test_ranges_of_options(capsys, argv, message):
+    parser = runtime.Parser(prog="prog")
+    parser.add_argument("--n", type=int_at_least(1), nargs="+")
+    parser.add_argument("--workers", type=int_at_least(0))
+    parser.add_argument("--side", type=int_at_least(64, multiple_of=64))
+    parser.add_argument("--rate", type=float_above(0))
+    good = parser.parse_args("--n 1 2 --workers 0 --side 128 --rate 1e-9".split())
+    assert vars(good) == dict(n=[1, 2], workers=0, side=128, rate=1e-9)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(argv.split())
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"prog: error: {message}\n"
 
 
 def test_only_user_errors_are_one_line(monkeypatch, capsys):
