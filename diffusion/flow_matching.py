@@ -61,9 +61,10 @@ class VPPath:
 PATHS = {"linear": LinearPath, "gvp": GVPPath, "vp": VPPath}
 # How training times are drawn:
 TIME_SAMPLINGS = ("uniform", "logit-normal")
-# Where a prediction says nothing of the data at pure noise, sampling begins just after; where it says nothing
-# of the noise at clean data, it is not asked there.
-NEARLY = 1e-3
+# Where a prediction says nothing of the data at pure noise, sampling begins this much after: the first step
+# multiplies an error of predicted noise by about (alpha at its end) / (alpha at its start). Where it says
+# nothing of the noise at clean data, it is not asked there.
+NEARLY = 1 / 80
 
 
 def velocity(output, x, a, s):
@@ -147,6 +148,9 @@ class FlowMatching:
     def _shifted(self, t):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
+    def _unshifted(self, t):
+        return t / (self.shift - (self.shift - 1) * t)
+
     # -----------------------------------------------------------------------------------------
     # Training
 
@@ -209,7 +213,9 @@ class FlowMatching:
         vanishes = self.prediction in ("noise", "score") and self.path.alpha(torch.tensor(1.0))[0] < 1e-6
         start = 1 - NEARLY if vanishes else self.path.start
         known_at_end = self.prediction == "velocity" and self.path.end == 0
-        times = torch.linspace(start, self.path.end, steps + 1, dtype=torch.float64)
+        times = torch.linspace(
+            self._unshifted(start), self._unshifted(self.path.end), steps + 1, dtype=torch.float64
+        )
         points = []
         for i, t in enumerate(self._shifted(times)):
             (alpha, dalpha), (sigma, dsigma) = self.path.alpha(t), self.path.sigma(t)
@@ -254,8 +260,9 @@ class FlowMatching:
         count = self.count_steps(sampler, steps)
         points = self.points(count)
         predict = self._predictor(model, guidance, model_kwargs, clip_denoised)
-        states = SOLVERS[sampler](predict, noise, points, randn_like)
-        return run_solver(states, noise, [point.clock for point in points], callback)
+        x = noise * points[0].sigma  # the signal there, 1/80 at most, is left out
+        states = SOLVERS[sampler](predict, x, points, randn_like)
+        return run_solver(states, x, [point.clock for point in points], callback)
 
     def invert(self, model, x_start, *, steps=None, model_kwargs=None, callback=None, clip_denoised=False):
         """The noise (N, C, …) that flows to about x_start: the same straight steps, the other way."""
@@ -263,4 +270,5 @@ class FlowMatching:
         if points[0].time is None:  # where the model knows nothing, it is asked next to it
             points = points[1:]
         states = SOLVERS["ddim"](self._predictor(model, None, model_kwargs, clip_denoised), x_start, points)
-        return run_solver(states, x_start, [point.clock for point in points], callback)
+        x = run_solver(states, x_start, [point.clock for point in points], callback)
+        return x / points[-1].sigma

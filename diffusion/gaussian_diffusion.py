@@ -9,6 +9,8 @@ Tables are float64 numpy arrays, computed once and read as float32 from a copy o
 """
 
 import enum
+import functools
+import itertools
 import math
 import operator
 from collections import deque
@@ -29,6 +31,9 @@ __all__ = [
 
 # The samplers that walk the steps of a (re)spaced process, as published; the others solve its ODE:
 SPACED_SAMPLERS = ("ddpm", "ddim")
+# Where a schedule ends in a cliff, sampling starts below this noise level sigma / alpha; see noisiest_step:
+START_LEVEL = 80.0  # the highest one of Karras et al., arXiv 2206.00364
+STEEP = 20.0  # a cliff: ln(alpha) falls this fast, over all steps as one; the linear schedule's end by 10
 
 
 class ModelMeanType(enum.Enum):
@@ -117,10 +122,16 @@ class GaussianDiffusion:
 
     def respaced(self, spec):
         """The same process over other steps of the original schedule: a spacing, see space_timesteps."""
-        from .respace import SpacedDiffusion, space_timesteps  # which builds on this class
+        from .respace import space_timesteps  # which builds on this class
+
+        return self._over(space_timesteps(self.original_num_steps, spec))
+
+    def _over(self, steps):
+        """The same process over a set of the original steps."""
+        from .respace import SpacedDiffusion
 
         return SpacedDiffusion(
-            space_timesteps(self.original_num_steps, spec),
+            steps,
             betas=self.original_betas,
             model_mean_type=self.model_mean_type,
             model_var_type=self.model_var_type,
@@ -371,20 +382,50 @@ class GaussianDiffusion:
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r}: a diffusion has {', '.join(self.samplers)}")
         if sampler in SPACED_SAMPLERS:
-            from .respace import space_timesteps
-
-            return (
-                self.num_timesteps if steps is None else len(space_timesteps(self.original_num_steps, steps))
-            )
+            return len(self._steps_to_walk(steps))
+        most = self.noisiest_step
         if steps is None:
-            return min(self.num_timesteps, self.original_num_steps - 1)
+            return min(self.num_timesteps, most)
         try:
             count = int(steps) if isinstance(steps, str) else operator.index(steps)
         except (ValueError, TypeError):
             raise ValueError(f"{steps!r} is not a number of steps, and {sampler} takes no other") from None
-        if not 1 <= count < self.original_num_steps:
-            raise ValueError(f"{count} steps: must be between 1 and {self.original_num_steps - 1}")
+        if not 1 <= count <= most:
+            raise ValueError(f"{count} steps: must be between 1 and {most}")
         return count
+
+    @functools.cached_property
+    def noisiest_step(self):
+        """The original step that sampling starts from: the last one, unless the schedule ends in a cliff.
+
+        The last steps of the cosine schedule hold a signal of 1/80 to 1/20000, and that of "jsd" none at all,
+        but one or two steps of sampling later it is a tenth. Predicted noise gives x_start with the error of
+        the prediction times sigma / alpha, so a sampler that started there would multiply that error by
+        hundreds. The steps that are skipped are pure noise but for 1/START_LEVEL.
+        """
+        signal, step = np.sqrt(np.cumprod(1 - self.original_betas)), self.original_num_steps - 1
+        steep = math.exp(-STEEP / self.original_num_steps)
+        while step > 1 and signal[step] < 1 / START_LEVEL and signal[step] < steep * signal[step - 1]:
+            step -= 1
+        return step
+
+    def _steps_to_walk(self, steps):
+        """The set of original steps that ddpm and ddim take: the spacing's, where those after noisiest_step
+        are replaced by the noisiest ones left, as far as there are any."""
+        from .respace import space_timesteps
+
+        if steps is None:
+            kept = set(self.timestep_map.tolist())
+        else:
+            kept = space_timesteps(self.original_num_steps, steps)
+        allowed = {step for step in kept if step <= self.noisiest_step}
+        free = (step for step in range(self.noisiest_step, -1, -1) if step not in kept)
+        return allowed | set(itertools.islice(free, len(kept) - len(allowed)))
+
+    def _to_walk(self, steps):
+        """This process over those steps."""
+        kept = self._steps_to_walk(steps)
+        return self if kept == set(self.timestep_map.tolist()) else self._over(kept)
 
     def even_t(self, n, device):
         """Times (n,), evenly spread, for evaluation."""
@@ -408,7 +449,7 @@ class GaussianDiffusion:
         count = self.count_steps(sampler, steps)
         options = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised)
         if sampler in SPACED_SAMPLERS:
-            process = self if steps is None else self.respaced(steps)
+            process = self._to_walk(steps)
             states = process._ancestral_or_ddim(model, noise, sampler, guidance, randn_like, **options)
             times = process.timestep_map[::-1].tolist()
         else:
@@ -433,8 +474,7 @@ class GaussianDiffusion:
     def invert(self, model, x_start, *, steps=None, model_kwargs=None, callback=None, clip_denoised=False):
         """DDIM in reverse: the noise (N, C, …) from which DDIM with these steps leads back to about
         x_start."""
-        process = self if steps is None else self.respaced(steps)
-        x = x_start
+        process, x = self._to_walk(steps), x_start
         for i in range(process.num_timesteps - 1):
             t = torch.full((len(x),), i, device=x.device)
             with torch.no_grad():
@@ -447,11 +487,10 @@ class GaussianDiffusion:
         return x
 
     def points(self, steps):
-        """The points of a solver, evenly over the original steps from the last one, and clean data at the
+        """The points of a solver, evenly over the original steps from the noisiest one, and clean data at the
         end."""
-        last, a_bar = self.original_num_steps - 1, np.cumprod(1 - self.original_betas)
-        points = []
-        for i in np.linspace(0, last, steps + 1).round().astype(int)[:0:-1].tolist():
+        a_bar, points = np.cumprod(1 - self.original_betas), []
+        for i in np.linspace(0, self.noisiest_step, steps + 1).round().astype(int)[:0:-1].tolist():
             alpha, sigma = math.sqrt(a_bar[i]), math.sqrt(1 - a_bar[i])
             points.append(Point(i, alpha, sigma, scale=alpha, clock=sigma / alpha, slope=(0.0, 1.0)))
         return [*points, Point(None, 1.0, 0.0, scale=1.0, clock=0.0, slope=(0.0, 1.0))]

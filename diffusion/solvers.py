@@ -11,7 +11,7 @@ Scalars are Python floats, so float64, whatever the type of x.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,11 +67,12 @@ def heun(predict, x, points, randn_like=None):
     The last step is Euler's where the model knows nothing of its end."""
     for here, there in zip(points, points[1:]):
         x_start, noise = predict(x, here)
-        slope = here.derivative(x_start, noise)
-        trial = _advance(x, here, there, slope)
+        start, end = _well_conditioned(here, there)
+        slope = start.derivative(x_start, noise)
+        trial = _advance(x, start, end, slope)
         if there.time is not None:
-            slope = (slope + there.derivative(*predict(trial, there))) / 2
-            trial = _advance(x, here, there, slope)
+            slope = (slope + end.derivative(*predict(trial, there))) / 2
+            trial = _advance(x, start, end, slope)
         x = trial
         yield x, x_start
 
@@ -111,6 +112,21 @@ def sde(predict, x, points, randn_like=None):
         if there is not points[-1]:
             x = x + math.sqrt(here.sigma * step) * z
         yield x, x_start
+
+
+def _well_conditioned(here, there):
+    """The two points, as they are or for the ODE of x / sigma over alpha / sigma, with x_start as derivative.
+
+    From nearly pure noise, a step over sigma / alpha multiplies the prediction at its end by about
+    (alpha there) / (2 alpha here), 6 from a noise level of 80 in 10 steps of the cosine schedule. Over
+    alpha / sigma, a trapezoid multiplies the x_start predicted at its end by 1/2 at most."""
+    weight = there.scale * abs(there.clock - here.clock) / 2 * max(map(abs, there.slope))
+    if weight <= 1 or there.time is None or there.sigma == 0:
+        return here, there
+    return tuple(
+        replace(point, scale=point.sigma, clock=point.alpha / point.sigma, slope=(1.0, 0.0))
+        for point in (here, there)
+    )
 
 
 SOLVERS = {"ddim": ddim, "euler": euler, "heun": heun, "dpm++": dpm_solver_pp, "sde": sde}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import assert_golden, rule_input
 from test_diffusion import MEAN, STD
-from test_solvers import slope_and_offset
+from test_solvers import assert_errors_stay_small, slope_and_offset
 
 from diffusion import Guidance, create_flow, create_process
 from diffusion.flow_matching import PATHS, PREDICTIONS
@@ -120,6 +120,22 @@ def test_few_steps_of_dpm_solver(path):
     """Also where the last step, in the logarithm of the noise, is many times as long as the one before."""
     slope, offset = final(create_flow(path=path), "dpm++", 25)
     assert slope == pytest.approx(STD, abs=0.03) and offset == pytest.approx(MEAN, abs=0.03)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_errors_of_a_flow_stay_small(path, prediction):
+    flow = create_flow(path=path, prediction=prediction)
+    assert_errors_stay_small(flow, lambda x, t: ideal(flow)(x.double(), t).float(), 0.05)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_errors_of_shifted_noise_stay_small(path, shift):
+    """The signal that sampling starts from does not depend on the shift of its times."""
+    flow = create_flow(path=path, prediction="noise", shift=shift)
+    # The first of 10 steps of shift 0.5 is to 15 times the signal:
+    assert_errors_stay_small(flow, lambda x, t: ideal(flow)(x.double(), t).float(), 0.1, alike=0.09)
 
 
 @pytest.mark.parametrize("shift", [0.5, 3.0])
