@@ -164,7 +164,8 @@ class FlowMatching:
         return self._shifted(t)
 
     def even_t(self, n, device):
-        """Times (n,), evenly spread, for evaluation."""
+        """Times (n,) for evaluation: uniform ones, whatever times the training draws, so that losses of runs
+        with different time_sampling or shift can be compared."""
         return (torch.arange(n, device=device) + 0.5) / n
 
     def interpolate(self, x_start, noise, t):

@@ -428,8 +428,9 @@ class GaussianDiffusion:
         return self if kept == set(self.timestep_map.tolist()) else self._over(kept)
 
     def even_t(self, n, device):
-        """Times (n,), evenly spread, for evaluation."""
-        return torch.arange(n, device=device) * self.num_timesteps // n
+        """Times (n,) for evaluation: the middles of n equal intervals, so that a mean over them is that over
+        all steps. (Their left ends have step 0, where the loss is highest, among them.)"""
+        return (2 * torch.arange(n, device=device) + 1) * self.num_timesteps // (2 * n)
 
     def sample(
         self, model, noise, *, sampler="ddpm", steps=None, model_kwargs=None, guidance=None, randn_like=None,

@@ -96,6 +96,32 @@ def test_ancestral_sampling_on_gaussian_data(steps, small, large):
         assert final_std(diffusion, "p_sample_loop") ** 2 == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_even_times_give_the_expected_loss(schedule):
+    """A few images, each at one of the even times, have the mean loss of all steps."""
+    torch.manual_seed(0)
+    diffusion = create_diffusion(None, schedule, learn_sigma=False)
+    losses = [  # the noise of 4,096 pixels is known to 2 %, the mean of 36 or more losses to 0.4 %
+        diffusion.training_losses(ideal_model(diffusion), MEAN + STD * torch.randn(n, 1, 64, 64), t)["loss"]
+        for n in (36, 75, 300, 1000, 1024)
+        for t in [diffusion.even_t(n, "cpu")]
+    ]
+    expected = losses[3].mean().item()  # every step once
+    for found in losses:
+        assert found.mean().item() == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 999, 1000, 1001, 2500])
+def test_even_times(n):
+    """Their mean is that of all steps, fewer or more than there are; each is found as often as any other."""
+    for diffusion in (create_diffusion(None), create_diffusion("100")):
+        t, steps = diffusion.even_t(n, "cpu"), diffusion.num_timesteps
+        assert t.dtype == torch.int64 and len(t) == n and t.min() >= 0 and t.max() < steps
+        assert t.double().mean().item() == pytest.approx((steps - 1) / 2, abs=0.5)
+        counts = torch.bincount(t, minlength=steps)
+        assert counts.max() - counts.min() <= 1 and torch.equal(t, t.sort().values)
+
+
 def test_reverse_ddim_and_back():
     diffusion = create_diffusion("250", learn_sigma=False)
     model, x_start = ideal_model(diffusion), MEAN + STD * torch.randn(4, 1, 8, 8)

@@ -243,6 +243,19 @@ def test_training_times():
     assert logit.std().item() == pytest.approx(2, abs=0.03)
 
 
+def test_even_times_give_the_expected_loss():
+    """Over uniform times, whatever the training draws."""
+    torch.manual_seed(0)
+    for options in ({}, dict(time_sampling="logit-normal"), dict(shift=3.0), dict(prediction="noise")):
+        flow, uniform = create_flow(**options), torch.rand(2000)
+        losses = [
+            flow.training_losses(ideal(flow, torch.float32), MEAN + STD * torch.randn(len(t), 1, 32, 32), t)
+            for t in (flow.even_t(36, "cpu"), flow.even_t(75, "cpu"), uniform)
+        ]
+        few, more, expected = (terms["loss"].mean().item() for terms in losses)
+        assert few == pytest.approx(expected, rel=0.05) and more == pytest.approx(expected, rel=0.05)
+
+
 def test_what_the_model_is_told():
     seen = []
 
