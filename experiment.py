@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
-from runtime import UserError, whole_file
+from runtime import UserError, identify, is_gone, whole_file
 
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
@@ -32,6 +32,12 @@ EXECUTION = {
 }  # fmt: skip
 
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
+
+OWNER = ".owner"  # which process holds the folder, or held it last
+JOB = ".job"  # which torchrun agents' processes last began or continued the run
+
+# How long a run waits for what a dead one left; a loader's worker notices within 5 s:
+LEFTOVER_SECONDS = 30
 
 # The name of the checkpoint that is not numbered, so that retention passes it over:
 BEST = "best.pt"
@@ -46,17 +52,18 @@ PEAK_FLOPS = {
 class Experiment:
     """A run's folder, held by a lock while the run is alive. Only the main process has one.
 
+    agents: what torchrun_agent gave on every process
     resumed: the path of the checkpoint to continue from, or None.
     """
 
-    def __init__(self, args):
-        self.resumed, self.lock = None, None
+    def __init__(self, args, agents=()):
+        self.resumed, self.lock, self.agents = None, None, sorted({*agents} - {None})
         try:
             os.makedirs(args.results_dir, exist_ok=True)
             if args.resume == "auto":
-                self.folder = self._find_unfinished(args)
+                self.folder = self._find_restarted(args) or self._find_unfinished(args)
             elif args.resume == "never":
-                self.folder = None
+                self.folder = self._find_restarted(args)
             else:
                 self.folder, self.resumed = self._given(args)
             if self.folder is None:
@@ -73,6 +80,7 @@ class Experiment:
         checkpoint.retain(self.checkpoints, 0)
         checkpoint.set_aside(self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0)
         self._write_settings(args)
+        write_note(self.folder, JOB, self.agents)
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(self.folder, FINISHED))
 
@@ -92,13 +100,42 @@ class Experiment:
         return os.path.join(self.folder, "samples", f"{step:07d}{scale}.png")
 
     def _acquire(self, folder):
-        """Whether the folder is now this run's, that is no living run's."""
+        """Whether the folder is now this run's, that is no living run's.
+
+        Where the run has died but processes that it started have not, such as its loaders' workers, which
+        look for it every few seconds, this waits for them."""
         self.lock = FileLock(os.path.join(folder, ".lock"))
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            return False
+        deadline = None
+        while True:
+            try:
+                self.lock.acquire(timeout=0)
+                break
+            except Timeout:
+                if not is_gone(read_note(folder, OWNER)):
+                    return False
+            if deadline is None:
+                print(f"{folder}: its run has died; waiting for processes that it left", flush=True)
+                deadline = time.monotonic() + LEFTOVER_SECONDS
+            elif time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder}: its run has died, but another process still holds {folder}/.lock; end that"
+                    f" (fuser -v {folder}/.lock names it) and run the same command again"
+                )
+            time.sleep(0.1)
+        write_note(folder, OWNER, identify(os.getpid()))
         return True
+
+    def _find_restarted(self, args):
+        """The folder of this very job, whose processes torchrun started again after one died, or None."""
+        for name in numbered_runs(args.results_dir):
+            folder = os.path.join(args.results_dir, name)
+            same = read_settings(folder) == comparable(vars(args))
+            if same and self._is_of_this_job(folder) and self._acquire(folder):
+                return folder
+        return None
+
+    def _is_of_this_job(self, folder):
+        return not {*self.agents}.isdisjoint(read_note(folder, JOB) or ())
 
     def _find_unfinished(self, args):
         """The newest folder of a run with the same settings that has not finished and is not running, or
@@ -127,7 +164,7 @@ class Experiment:
             if not re.fullmatch(r"\d+(\.pt)?", os.path.basename(os.path.abspath(path))):
                 raise UserError(f"--resume {path}: set aside; rename it to a number, as 0050000.pt, first")
             folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-            named = None if is_repeated(folder, args) else path
+            named = None if is_repeated(folder, args) or self._is_of_this_job(folder) else path
             if named and not os.path.exists(named):
                 raise UserError(f"--resume {path}: no such checkpoint; give one of that folder's")
         if read_settings(folder) is None:
@@ -153,6 +190,7 @@ class Experiment:
         os.mkdir(os.path.join(folder, "checkpoints"))
         self.folder = folder
         self._write_settings(args)
+        write_note(folder, JOB, self.agents)
         return folder
 
     def _write_settings(self, args):
@@ -188,6 +226,21 @@ def read_settings(folder, select=comparable):
         with open(os.path.join(folder, "args.json")) as file:
             return select(json.load(file))
     except (OSError, ValueError, AttributeError):  # absent, damaged, or of something else
+        return None
+
+
+def write_note(folder, name, value):
+    """Keep plain data in a run's folder."""
+    with whole_file(os.path.join(folder, name)) as file:
+        json.dump(value, file)
+
+
+def read_note(folder, name):
+    """What write_note kept, or None."""
+    try:
+        with open(os.path.join(folder, name)) as file:
+            return json.load(file)
+    except (OSError, ValueError):
         return None
 
 

@@ -9,7 +9,9 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -282,9 +284,65 @@ def start_processes():
     else:
         device = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        gpu = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(timeout=TIMEOUT, **gpu)
+        options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            options |= dict(store=agree_on_store(rank, world_size), rank=rank, world_size=world_size)
+        dist.init_process_group(timeout=TIMEOUT, **options)
     return Processes(rank, world_size, device)
+
+
+def identify(pid):
+    """What names a process of this machine for good, a string; None where the system does not say, or there
+    is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *numbers = file.read().rpartition(")")[2].split()
+        # The numbers of two containers' processes may be the same:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+    since = numbers[18]
+    return None if state in "ZX" else f"{socket.gethostname()} {space} {pid} {since}"
+
+
+def is_gone(name):
+    """Whether a process that `identify` named has ended; False where that cannot be known from here."""
+    mine, other = identify(os.getpid()), name
+    if not mine or not other or mine.split()[:2] != other.split()[:2]:
+        return False
+    return identify(other.split()[2]) != other
+
+
+def torchrun_agent():
+    """What names the torchrun process that started this one, and starts it again should it die; None without
+    torchrun."""
+    return identify(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def agree_on_store(rank, world_size):
+    """torchrun's store, under a prefix that only the processes of this attempt know.
+
+    torchrun --max-restarts starts the processes again after one has died, but keeps its store, where they
+    would find the addresses of the dead. How often they were started, TORCHELASTIC_RESTART_COUNT, is no name
+    for the attempt: each machine counts the deaths on it alone. So the main process draws one, every other
+    answers to it with a number of its own, and knows by the list of all answers that it is not an old one.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+    mine = secrets.token_hex()
+    if rank == 0:
+        attempt = mine
+        store.set("dit/attempt", attempt)
+        answers = [store.get(f"dit/{attempt}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"dit/{attempt}/all", " ".join(answers))
+        return dist.PrefixStore(f"dit/{attempt}", store)
+    while True:
+        attempt = store.get("dit/attempt").decode()
+        store.set(f"dit/{attempt}/{rank}", mine)
+        everyone = f"dit/{attempt}/all"
+        if store.check([everyone]) and mine in store.get(everyone).decode().split():
+            return dist.PrefixStore(f"dit/{attempt}", store)
+        time.sleep(0.1)
 
 
 def add_precision_argument(parser):

@@ -48,6 +48,7 @@ from runtime import (
     leave_group,
     set_precision,
     start_processes,
+    torchrun_agent,
 )
 from sampler import FID_CFG_SCALE, Sampler, settle_options
 from settings import (
@@ -113,11 +114,11 @@ def main(args):
         )  # fmt: skip
 
     # Find the run to continue, or make a folder:
-    experiment = None
+    experiment, agents = None, processes.gather(torchrun_agent())
 
     def begin():
         nonlocal experiment
-        experiment = Experiment(args)
+        experiment = Experiment(args, agents)
         return experiment.folder, experiment.resumed
 
     folder, resume_path = processes.on_main(begin)

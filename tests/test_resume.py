@@ -1,13 +1,17 @@
 """A run killed at any moment and started again by the same command ends as one that was not, bit for bit."""
 
+import fcntl
 import itertools
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,10 @@ from forked import finish, rows, start, start_two, wait_for_step
 from test_train import SMALL
 
 import checkpoint
+import experiment
+import train
+from experiment import Experiment
+from runtime import UserError, identify
 
 ARGV = [*SMALL, "--max-steps", 40, "--ckpt-every", 8, "--log-every", 3, "--sample-every", 0, "--ema-warmup"]
 TIMING = {"steps_per_sec", "memory_gib"}
@@ -181,6 +189,67 @@ def test_which_run_is_continued(tmp_path, straight):
     finish(living)
 
 
+def arguments(results, *more):
+    return train.build_parser().parse_args([*SMALL, "--results-dir", str(results), *map(str, more)])
+
+
+def test_a_run_waits_for_what_a_dead_one_left(tmp_path, monkeypatch, capsys):
+    """Workers of a killed run's loader, say, that hold its lock for some seconds more."""
+    folder = Experiment(arguments(tmp_path)).folder
+    dead = subprocess.Popen(["sleep", "60"])
+    name = identify(dead.pid)
+    dead.kill()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # its parent has not noticed yet
+
+    def hold(owner):
+        experiment.write_note(folder, experiment.OWNER, owner)
+        held = open(os.path.join(folder, ".lock"))
+        fcntl.flock(held, fcntl.LOCK_EX)
+        return held
+
+    threading.Timer(0.3, hold(name).close).start()
+    again = Experiment(arguments(tmp_path))
+    assert again.folder == folder and "its run has died; waiting" in capsys.readouterr().out
+    again.lock.release()
+
+    monkeypatch.setattr(experiment, "LEFTOVER_SECONDS", 0.2)
+    with hold(name), pytest.raises(UserError, match=f"{folder}/.lock; end that"):
+        Experiment(arguments(tmp_path))
+    for living in (identify(os.getpid()), "another-machine pid:[1] 1 1", None):  # or who knows
+        with hold(living):
+            assert Experiment(arguments(tmp_path)).folder != folder
+    dead.wait()
+
+
+def test_which_folder_a_restarted_job_continues(tmp_path):
+    """torchrun's agents tell the job, one of them is enough; whatever --resume says, and also at the end."""
+
+    def begin(resume, *agents):
+        one = Experiment(arguments(tmp_path, "--resume", resume), agents)
+        one.lock.release()
+        return one
+
+    first = begin("never", "agent 1", "agent 2")
+    assert begin("never").folder != first.folder and begin("never", None).folder != first.folder
+    begin("never", "agent 3")
+    assert begin("never", "agent 2", "agent 4", None).folder == first.folder
+    Path(first.folder, experiment.FINISHED).touch()
+    assert begin("never", "agent 1").folder == begin("auto", "agent 1").folder == first.folder
+    other = Experiment(arguments(tmp_path, "--resume", "never", "--lr", 1), ["agent 1"])
+    assert other.folder != first.folder
+
+    path = Path(first.folder, "checkpoints", "0000008.pt")
+    path.touch()
+    assert begin(path, "agent 5").resumed == str(path)
+    assert begin(path, "agent 5").resumed == str(path)  # killed before it went on from there
+    begin(path, "agent 5").go_on(arguments(tmp_path, "--resume", path))
+    Path(first.folder, experiment.FINISHED).touch()
+    newer = str(path.with_name("0000016.pt"))
+    checkpoint.save(newer, dict(model={"x": torch.zeros(1)}, step=16))
+    assert begin(path, "agent 5").resumed == newer
+    assert begin(path, "agent 6").resumed == str(path)  # by another job: once more
+
+
 def test_a_given_run_is_continued_with_other_options(tmp_path):
     def run(*argv, expect=0):
         process = start([*ARGV, "--results-dir", tmp_path, *argv], tmp_path / "out")
@@ -268,9 +337,9 @@ def test_retention_does_not_count_damaged_checkpoints(tmp_path):
     assert "none of its 1 checkpoints can be read" in (tmp_path / "out").read_text()
 
 
-def torchrun(*options):
+def torchrun(*options, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **environment)
     return lambda *argv: subprocess.Popen(
         [*command, *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
@@ -327,14 +396,82 @@ def _wait(folder, step, timeout=90):
         time.sleep(0.005)
 
 
+def kill_worker(rank, *agents):
+    """kill -9 the process of a rank among those of torchrun's agents."""
+    parents = ",".join(str(agent.pid) for agent in agents)
+    found = subprocess.run(["pgrep", "-P", parents], capture_output=True, text=True)
+    (pid,) = [
+        int(pid)
+        for pid in found.stdout.split()
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    os.kill(pid, signal.SIGKILL)
+
+
+def finish_torchrun(*runs, timeout=120):
+    """Wait for torchrun's agents; all that they and their processes printed."""
+    try:
+        printed = "".join(run.communicate(timeout=timeout)[0] for run in runs)
+    finally:
+        for run in runs:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    assert {run.returncode for run in runs} == {0}, printed
+    return printed
+
+
+def test_torchrun_starts_a_killed_process_again(tmp_path, straight_two):
+    """The same job goes on by itself, in its own folder, even where it was told to continue none."""
+    argv = [*ARGV, "--results-dir", tmp_path, "--resume", "never"]
+    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3")(*argv)
+    _wait(folder_of(tmp_path), 18)
+    kill_worker(0, run)
+    assert "Continuing after step 16" in finish_torchrun(run)
+    assert_same_outcome(folder_of(tmp_path), straight_two)
+    assert not folder_of(tmp_path, 1).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_ten_random_kills(tmp_path, straight_two, rank):
+    generator = random.Random(rank)
+    for number in range(10):
+        run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3")(
+            *ARGV, "--results-dir", tmp_path / str(number)
+        )
+        _wait(folder_of(tmp_path / str(number)), generator.randrange(3, 39))
+        time.sleep(generator.random() * 0.03)
+        kill_worker(rank, run)
+        finish_torchrun(run)
+        assert_same_outcome(folder_of(tmp_path / str(number)), straight_two)
+        assert not folder_of(tmp_path / str(number), 1).exists()
+
+
 @pytest.mark.slow
 def test_two_nodes(tmp_path, straight_two):
     """Two torchrun agents with a process each, found by c10d rendezvous, train as one agent with two."""
-    launches = [
-        torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29513",
-                 "--rdzv-id=dit")
-        for _ in range(2)
-    ]  # fmt: skip
-    runs = [launch(*ARGV, "--results-dir", tmp_path) for launch in launches]
-    assert [run.wait(timeout=200) for run in runs] == [0, 0], runs[0].stdout.read()
+    runs = start_two_nodes(tmp_path)
+    finish_torchrun(*runs)
     assert_same_outcome(folder_of(tmp_path), straight_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", ["0", "1"])
+def test_two_nodes_with_kills(tmp_path, straight_two, share):
+    """One process after the other, on either node, so that the nodes count the deaths differently."""
+    runs = start_two_nodes(tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=share)
+    for rank, step in ((1, 6), (0, 18), (1, 30)):
+        _wait(folder_of(tmp_path), step)
+        kill_worker(rank, *runs)
+    finish_torchrun(*runs, timeout=240)
+    assert_same_outcome(folder_of(tmp_path), straight_two)
+    assert not folder_of(tmp_path, 1).exists()
+
+
+def start_two_nodes(results, **environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--max-restarts=5",
+                      f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=dit", **environment)  # fmt: skip
+    return [launch(*ARGV, "--results-dir", results) for _ in range(2)]
