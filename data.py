@@ -5,9 +5,14 @@ key of an item is (index, mirrored): the order decides the flips, so an item is 
 reads it."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +22,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from runtime import HOLD_OUT, ORDER, UserError, generator_for
+from runtime import HOLD_OUT, ORDER, Processes, UserError, generator_for
 
 DIGITS = Path(__file__).resolve().parent / "assets" / "digits.npz"
 # Up to this many files are looked at before training; of more, as many, evenly spread:
 CHECKED_FILES = 10_000
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def center_crop_arr(pil_image, image_size):
@@ -53,25 +59,8 @@ class FolderImages(Dataset):
     channels, flips = 3, True
 
     def __init__(self, root, image_size):
-        self.image_size = image_size
-        if not os.path.isdir(root):
-            raise UserError(f"--data-path {root}: no such folder")
-        flat = [entry.path for entry in os.scandir(root) if is_image(entry)]
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and is_visible(entry)]
-        if flat and folders:
-            raise UserError(
-                f"--data-path {root}: holds both images and folders; give one folder a class, or images alone"
-            )
-        if not flat and not folders:
-            raise UserError(f"--data-path {root}: no images there ({', '.join(IMG_EXTENSIONS)})")
-        self.classes, self.samples = [], [(path, 0) for path in sorted(flat)]
-        if folders:
-            try:
-                folder = _VisibleFolders(root)
-            except FileNotFoundError as error:
-                raise UserError(f"--data-path {root}: {error}".splitlines()[0]) from error
-            visible = [(path, label) for path, label in folder.samples if not is_hidden(path, root)]
-            self.classes, self.samples = folder.classes, visible
+        self.image_size, self.samples = image_size, list_images(root)
+        self.classes = self.samples.classes
 
     def __len__(self):
         return len(self.samples)
@@ -84,40 +73,155 @@ class FolderImages(Dataset):
         image = _to_tensor(image)
         return image.flip(-1) if mirrored else image, label
 
-    def check(self, skip=False):
+    @cached_property
+    def fingerprint(self):
+        """A hash of the images' names and classes, in order."""
+        return self.samples.fingerprint()
+
+    def check(self, skip=False, processes=ALONE):
         """Raise UserError for a file that is no image, by its header: of all of them, or of an even share of
-        very many. skip: only where none is one."""
+        very many. skip: only where none is one. All processes call it, and each looks at a part."""
         readable, problem = False, None
-        for path, _ in share_to_check(self.samples):
+        files = share_to_check(self.samples)
+        for place in range(processes.rank, len(files), processes.world_size):
             try:
-                with open_image(path):
+                with open_image(files[place][0]):
                     readable = True
             except UserError as error:
-                problem = problem or error
+                problem = problem or (place, str(error))
                 if not skip:
                     break
-        if problem and not (skip and readable):
-            raise problem
+        found = processes.gather((readable, problem))
+        problems = [problem for _, problem in found if problem]
+        if problems and not (skip and any(readable for readable, _ in found)):
+            raise UserError(min(problems)[1])
 
 
-class _VisibleFolders(torchvision.datasets.ImageFolder):
-    """An ImageFolder that leaves out hidden folders, such as .ipynb_checkpoints."""
+class ImageFiles(Sequence):
+    """The image files of a folder: pairs (path, label), in order.
 
-    def find_classes(self, directory):
-        classes = sorted(
-            entry.name for entry in os.scandir(directory) if entry.is_dir() and is_visible(entry)
+    Held as the bytes of their names and four more a file, where strings and pairs take some 220. Processes
+    that read images share arrays; of objects they copy each that they count a reference to.
+    """
+
+    def __init__(self, root, classes, listings):
+        """classes: the subfolders, or [] for images without classes; listings: for each of them, or for the
+        root, the names of its files, relative to it."""
+        self.root, self.classes = root, classes
+        names, lengths, firsts = bytearray(), array("H"), [0]
+        for listing in listings:
+            part = _to_bytes("".join(f"{name}\0" for name in listing))
+            ends = np.flatnonzero(np.frombuffer(part, np.uint8) == 0)
+            lengths.frombytes(np.diff(ends, prepend=-1).astype(np.uint16).tobytes())
+            names += part
+            firsts.append(len(lengths))
+        self._names, self._firsts = np.frombuffer(names, np.uint8), np.array(firsts)
+        offset_type = np.uint32 if len(names) < 2**32 else np.uint64
+        self._ends = np.cumsum(np.frombuffer(lengths, np.uint16), dtype=offset_type)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        label = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        name = _to_text(self._names[start : end - 1])
+        return os.path.join(self.root, *self.classes[label : label + 1], name), label
+
+    def relative_names(self):
+        """Yield the paths relative to the root, in order."""
+        for label, (first, last) in enumerate(pairwise(self._firsts.tolist())):
+            start, end = int(self._ends[first - 1]) if first else 0, int(self._ends[last - 1])
+            prefix = f"{self.classes[label]}{os.sep}" if self.classes else ""
+            for name in _to_text(self._names[start : end - 1]).split("\0"):
+                yield prefix + name
+
+    @property
+    def labels(self):
+        """The label of every file, int64 (N,)."""
+        return np.repeat(np.arange(len(self._firsts) - 1), np.diff(self._firsts))
+
+    def fingerprint(self):
+        """A hash of the names and classes, in order: hexadecimal."""
+        digest = hashlib.sha256(json.dumps([self.classes, self._firsts.tolist()]).encode())
+        digest.update(self._names)
+        return digest.hexdigest()
+
+
+# File names are bytes of any kind; those that are not UTF-8, Python's strings hold as surrogates.
+def _to_bytes(text):
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _to_text(names):
+    return names.tobytes().decode("utf-8", "surrogateescape")
+
+
+def list_images(root):
+    """The ImageFiles of --data-path, in the order of torchvision's ImageFolder, but for what is hidden.
+
+    Raises UserError where there are none, or a class has none.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"--data-path {root}: no such folder")
+    folders, flat = [], []
+    try:
+        with os.scandir(root) as entries:
+            for entry in filter(is_visible, entries):
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                elif is_image(entry):
+                    flat.append(entry.name)
+        if flat and folders:
+            raise UserError(
+                f"--data-path {root}: holds both images and folders; give one folder a class, or images alone"
+            )
+        if flat:
+            return ImageFiles(root, [], [sorted(flat)])
+        if not folders:
+            raise UserError(f"--data-path {root}: no images there ({', '.join(IMG_EXTENSIONS)})")
+        folders.sort()
+        return ImageFiles(root, folders, (_list_class(root, name) for name in folders))
+    except OSError as error:
+        raise UserError(f"--data-path {error.filename}: cannot be listed ({error.strerror})") from error
+
+
+def _list_class(root, name):
+    """The image files in a class's folder and in folders inside it, relative to it: by folder, then by
+    name."""
+    listings, waiting = [], [""]
+    while waiting:
+        inner = waiting.pop()
+        names = []
+        with os.scandir(os.path.join(root, name, inner)) as entries:
+            for entry in filter(is_visible, entries):
+                if _is_folder(entry):
+                    waiting.append(os.path.join(inner, entry.name))
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    names.append(entry.name)
+        listings.append((inner, sorted(names)))
+    files = [
+        os.path.join(inner, name) if inner else name for inner, names in sorted(listings) for name in names
+    ]
+    if not files:
+        raise UserError(
+            f"--data-path {root}: no images in the class folder {name} ({', '.join(IMG_EXTENSIONS)});"
+            " put some there, or remove it"
         )
-        return classes, {name: i for i, name in enumerate(classes)}
+    return files
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def is_visible(entry):
     """Whether a folder's entry, of os.scandir, is not hidden."""
     return not entry.name.startswith(".")
-
-
-def is_hidden(path, root):
-    """Whether a file, or a folder between it and the root, is hidden."""
-    return any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
 
 
 def share_to_check(files):
@@ -171,7 +275,14 @@ class ArrayImages(Dataset):
         image = _to_tensor(self.images[index]) if self._is_uint8 else torch.from_numpy(self.images[index])
         return image.flip(-1) if mirrored else image, int(self.labels[index])
 
-    def check(self, skip=False):
+    @cached_property
+    def fingerprint(self):
+        """A hash of the images and labels, in order."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images))
+        digest.update(np.asarray(self.labels, np.int64))
+        return digest.hexdigest()
+
+    def check(self, skip=False, processes=ALONE):
         """Nothing to check: the images are in memory."""
 
 
@@ -233,6 +344,7 @@ class LatentCache(Dataset):
             manifest[name] for name in ("image_size", "shard_size", "count")
         )
         self.shards = [os.path.join(folder, shard["moments"]) for shard in manifest["shards"]]
+        self.checksums = [shard["sha256"] for shard in manifest["shards"]]
         for shard, moments in zip(manifest["shards"], self.shards):
             if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
                 raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
@@ -245,6 +357,13 @@ class LatentCache(Dataset):
         if len(self.labels) != self.count:
             raise UserError(f"--feature-path {folder}: {len(self.labels)} labels for {self.count} images")
         self._maps = {}
+
+    @cached_property
+    def fingerprint(self):
+        """A hash of the moments and labels, in order."""
+        digest = hashlib.sha256("".join(self.checksums).encode())
+        digest.update(np.asarray(self.labels, np.int64))
+        return digest.hexdigest()
 
     def __getstate__(self):
         return dict(self.__dict__, _maps={})  # a worker maps the files itself
@@ -316,10 +435,10 @@ class Guarded(Dataset):
 DATASETS = ("folder", "digits", "cifar10")
 
 
-def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False):
+def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False, processes=ALONE):
     """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError.
 
-    dry_run: download nothing. skip_bad_images: some of them may be damaged.
+    dry_run: download nothing. skip_bad_images: some of them may be damaged. processes: all of them call it.
     """
     if name == "folder":
         if not data_path:
@@ -334,8 +453,20 @@ def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=Fal
             f"--image-size {image_size}: the images of --dataset {name} have {dataset.image_size} pixels a"
             f" side; give --image-size {dataset.image_size}"
         )
-    dataset.check(skip_bad_images)
+    if name == "folder":
+        require_same_data(dataset, processes, f"--data-path {data_path}")
+    dataset.check(skip_bad_images, processes)
     return dataset
+
+
+def require_same_data(dataset, processes, flag):
+    """Raise UserError unless all processes, which may be on several machines, see the same data set."""
+    counts, fingerprints = zip(*processes.gather((len(dataset), dataset.fingerprint)))
+    if len(set(fingerprints)) > 1:
+        raise UserError(
+            f"{flag}: the processes see different files there, {min(counts):,} to {max(counts):,} of them;"
+            " give all machines the same, and wait until all are there"
+        )
 
 
 class BatchOrder:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+from itertools import islice
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def main(args):
         raise UserError("--vae none: pixels need no cache; train.py reads the images themselves")
     processes = start_processes()
     args.precision = set_precision(args.precision, processes.device)
-    dataset = open_dataset("folder", args.data_path, args.image_size)
+    dataset = open_dataset("folder", args.data_path, args.image_size, processes=processes)
     _, factor, image_channels = describe_vae(args.vae, dataset.channels)
     if image_channels != dataset.channels:
         raise UserError(
@@ -74,7 +75,7 @@ def main(args):
     manifest = dict(
         complete=False, vae=autoencoder.config, image_size=args.image_size, classes=dataset.classes,
         count=len(dataset), shard_size=shard_size(len(dataset)), precision=args.precision,
-        images=fingerprint(dataset.samples, args.data_path),
+        images=fingerprint(dataset.samples, processes),
     )  # fmt: skip
     if processes.on_main(begin, args.features_path, manifest):
         logger.info(f"{args.features_path} is complete; remove it to extract again")
@@ -108,10 +109,20 @@ def shard_size(count):
     return max(1, min(4096, math.ceil(count / 64)))
 
 
-def fingerprint(samples, root):
-    """A hash of the names and sizes of the images, by which other ones are told."""
-    lines = (f"{os.path.relpath(path, root)} {os.path.getsize(path)} {label}\n" for path, label in samples)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def fingerprint(samples, processes):
+    """A hash of the names, sizes and labels of the images, by which other ones are told; on the main process.
+
+    Each process asks for the sizes of a part. The bytes hashed are those of all versions so far."""
+    share = math.ceil(len(samples) / processes.world_size)
+    names = islice(samples.relative_names(), processes.rank * share, (processes.rank + 1) * share)
+    sizes = np.fromiter((os.path.getsize(os.path.join(samples.root, name)) for name in names), np.int64)
+    sizes = processes.join_rows(torch.from_numpy(sizes))
+    if not processes.is_main:
+        return None
+    digest = hashlib.sha256()
+    for name, size, label in zip(samples.relative_names(), sizes.tolist(), samples.labels.tolist()):
+        digest.update(f"{name} {size} {label}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def begin(folder, manifest):

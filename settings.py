@@ -6,7 +6,7 @@ import torch
 
 import checkpoint
 from autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from data import DATASETS, LatentCache, held_out_count, open_dataset
+from data import DATASETS, LatentCache, held_out_count, open_dataset, require_same_data
 from diffusion import PATHS, create_process
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
@@ -134,11 +134,13 @@ def _require(args, name, condition, what):
         raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {what}")
 
 
-def open_training_data(args):
+def open_training_data(args, processes):
     """The data set of these options, of images or of cached latents; UserError where they do not go
     together."""
     if not args.feature_path:
-        return open_dataset(args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images)
+        return open_dataset(
+            args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images, processes
+        )
     cache = LatentCache(args.feature_path)
     if args.data_path:
         raise UserError(f"--data-path {args.data_path}: --feature-path stands in for it; leave one out")
@@ -152,6 +154,7 @@ def open_training_data(args):
             f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
         )
     args.vae = cache.vae["vae"]
+    require_same_data(cache, processes, f"--feature-path {args.feature_path}")
     return cache
 
 

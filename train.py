@@ -81,7 +81,7 @@ def main(args):
             f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
             f" x --grad-accum-steps {args.grad_accum_steps}"
         )
-    dataset = open_training_data(args)
+    dataset = open_training_data(args, processes)
     check_data(args, dataset)
     model_config = configure_model(args, dataset)
     process = create_process(process_config(args))
