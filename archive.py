@@ -20,17 +20,20 @@ from tqdm.auto import tqdm
 from runtime import UserError
 
 CHUNK = 2**24  # bytes read at a time
+# What zipfile and numpy raise for a file that is damaged, or something else:
+DAMAGED = (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class SampleArchive:
     """The .npz of samples at a path, and the notes of its batches in a folder.
 
-    shape   (N, H, W, C) of all samples; batch_size: of which the last batch may have fewer
+    shape       (N, H, W, C) of all samples; batch_size: of which the last batch may have fewer
+    has_labels  whether a whole file has arr_1
     """
 
-    def __init__(self, path, folder, shape, batch_size):
+    def __init__(self, path, folder, shape, batch_size, has_labels=False):
         self.path, self.part, self.folder = path, f"{path}.part", folder
-        self.shape, self.batch_size = tuple(shape), batch_size
+        self.shape, self.batch_size, self.has_labels = tuple(shape), batch_size, has_labels
         self.image_bytes = int(np.prod(self.shape[1:]))
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive, _member(archive, "arr_0.npy") as file:
@@ -58,35 +61,66 @@ class SampleArchive:
                 f"{self.folder}: another run is writing there; wait for it, or give another --sample-dir"
             ) from None
 
+    def is_whole(self):
+        """Whether the .npz is there, has the shape of all samples, and every byte the zip's checksum.
+
+        It needs no notes, so the folder may be gone."""
+        if not os.path.exists(self.path):
+            return False
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return self._has_images(archive) and (not self.has_labels or self._has_labels(archive))
+        except PermissionError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        except DAMAGED:
+            return False
+
+    def _has_images(self, archive):
+        if "arr_0.npy" not in archive.namelist():
+            return False
+        expected, size = io.BytesIO(), self.shape[0] * self.image_bytes
+        _write_header(expected, self.shape)
+        with archive.open("arr_0.npy") as member:
+            if member.read(expected.tell()) != expected.getvalue():
+                return False
+            with tqdm(total=size, desc="Checking", unit="B", unit_scale=True) as bar:
+                while data := member.read(CHUNK):  # at whose end the checksum is compared
+                    size -= len(data)
+                    bar.update(len(data))
+        return size == 0
+
+    def _has_labels(self, archive):
+        if "arr_1.npy" not in archive.namelist():
+            return False
+        labels = np.lib.format.read_array(io.BytesIO(archive.read("arr_1.npy")), allow_pickle=False)
+        return labels.shape == self.shape[:1] and labels.dtype.kind in "iu"
+
     def begin(self):
         """Make room for all samples, or take up what an earlier run left; called by one process alone.
 
-        Returns ({batch: its labels} of those that are there and intact, whether the .npz is whole).
+        Returns ({batch: its labels} of those that are there and intact, whether the .npz is whole; none of a
+        whole one).
         Raises UserError where another run is at it, or the disk has not enough room.
         """
         self.acquire()
-        size = self.offset + self.shape[0] * self.image_bytes
-        whole = os.path.exists(self.path) and zipfile.is_zipfile(self.path)
-        if os.path.exists(self.path) and not whole:  # cut short by something else
+        if self.is_whole():
+            return {}, True
+        if os.path.exists(self.path):  # damaged by something else
             os.replace(self.path, self.part)
-        path = self.path if whole else self.part
-        there = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0  # it may have holes
+        size = self.offset + self.shape[0] * self.image_bytes
+        there = os.stat(self.part).st_blocks * 512 if os.path.exists(self.part) else 0  # it may have holes
         free = shutil.disk_usage(self.folder).free
         if size - there > free:
             raise UserError(
                 f"{self.path}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or give"
                 " another --sample-dir"
             )
-        found = self._intact(path) if there else {}
-        if whole and len(found) == len(self.batches):
-            return found, True
-        if whole:
-            os.replace(self.path, self.part)
+        found = self._intact() if there else {}
         with open(self.part, "r+b" if os.path.exists(self.part) else "wb") as file:
             file.truncate(size)
         return found, False
 
-    def _intact(self, path):
+    def _intact(self):
         """{batch: labels} of the noted batches whose bytes have the noted checksum."""
         noted = {}
         for name in sorted(os.listdir(self.folder)):
@@ -97,7 +131,7 @@ class SampleArchive:
                             note = json.loads(line)
                             noted[note["batch"]] = note
         intact = {}
-        with open(path, "rb") as file:
+        with open(self.part, "rb") as file:
             for batch, note in tqdm(sorted(noted.items()), desc="Checking", unit="batch", disable=not noted):
                 rows = self.rows(batch)
                 file.seek(self.offset + rows.start * self.image_bytes)
@@ -132,7 +166,7 @@ class SampleArchive:
 
     def finish(self):
         """Make the .npz of what all processes wrote, in place; called by one process alone."""
-        found = self._intact(self.part)
+        found = self._intact()
         missing = [batch for batch in self.batches if batch not in found]
         if missing:
             raise UserError(f"{self.path}: batch {missing[0]} is missing; run the same command again")

@@ -72,12 +72,16 @@ def main(args):
     precision = set_precision(args.precision or (None if args.tf32 else "fp32"), processes.device)
     folder = os.path.join(args.sample_dir, folder_name(args, plan, options))
     archive = SampleArchive(
-        f"{folder}.npz", folder, (args.num_fid_samples, *plan.image_size, 3), args.per_proc_batch_size
-    )
+        f"{folder}.npz", folder, (args.num_fid_samples, *plan.image_size, 3), args.per_proc_batch_size,
+        has_labels=plan.model_config["num_classes"] > 0,
+    )  # fmt: skip
     done, is_whole, draws = processes.on_main(begin, args, plan, options, precision, archive)
     logger = create_logger(enabled=processes.is_main)
     if is_whole:
-        logger.info(f"{archive.path} is complete; remove it and its folder to sample again")
+        if processes.is_main:
+            gone = args.png and not any(name.endswith(".png") for name in os.listdir(folder))
+            also = ", its PNGs are removed and not made again" if gone else ""
+            logger.info(f"{archive.path} is complete{also}; remove it and its folder to sample again")
         return
     if done:
         logger.info(f"Continuing {folder}: {len(done)} of {len(archive.batches)} batches are there")
@@ -169,9 +173,8 @@ def begin(args, plan, options, precision, archive):
                     f"{_short(found.get(name))}; remove it, or give another --sample-dir"
                 )
     elif os.path.exists(archive.path) or set(os.listdir(archive.folder)) - {".lock"}:
-        raise UserError(
-            f"{archive.folder}: is there without its .json; remove it, or give another --sample-dir"
-        )
+        there = archive.path if os.path.exists(archive.path) else archive.folder
+        raise UserError(f"{there}: is there without its .json; remove it, or give another --sample-dir")
     with whole_file(path) as file:
         versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
         json.dump(dict(versions, settings=settings), file, indent=1)
@@ -234,7 +237,8 @@ def build_parser():
     group.add_argument("--sample-dir", default="samples", metavar="FOLDER",
                        help="where the .npz and the folder of PNGs are made (default: samples)")
     group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True,
-                       help="write every image as a PNG too (default: on)")
+                       help="write every image as a PNG too; once the .npz is complete they may go, and"
+                       " are not made again (default: on)")
     group = parser.add_argument_group("speed")
     group.add_argument("--per-proc-batch-size", type=int, default=32, metavar="IMAGES",
                        help="images at a time on each process (default: 32)")

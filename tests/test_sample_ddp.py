@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -210,6 +211,53 @@ def test_a_truncated_npz_is_continued(ckpt, tmp_path, monkeypatch, undisturbed, 
     run(monkeypatch, *argv(ckpt, tmp_path))
     assert "Continuing" in capsys.readouterr().out
     assert path.read_bytes() == undisturbed
+
+
+def test_a_complete_npz_needs_no_folder(ckpt, tmp_path, monkeypatch, undisturbed, capsys):
+    """Its PNGs removed, to save room, it is complete as before, and its settings still count."""
+    run(monkeypatch, *argv(ckpt, tmp_path, "--png"))
+    path = npz_of(tmp_path)
+    shutil.rmtree(path.with_suffix(""))
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    monkeypatch.setattr(Plan, "build", None)  # nothing is sampled
+    run(monkeypatch, *argv(ckpt, tmp_path, "--png"))
+    assert f"{path} is complete, its PNGs are removed and not made again" in capsys.readouterr().out
+    assert path.read_bytes() == undisturbed and path.stat().st_mtime_ns == before
+    assert not list(tmp_path.rglob("*.png"))
+    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, "--png", batch=5))
+    assert "holds samples with other per-proc-batch-size (7)" in message
+    path.with_suffix(".json").unlink()
+    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, "--png"))
+    assert message.startswith(f"{path}: is there without its .json") and path.read_bytes() == undisturbed
+
+
+def test_what_is_whole(tmp_path):
+    """The right arrays, with the right checksums, by whomever; nothing else."""
+    images = np.random.default_rng(0).integers(0, 256, (11, 6, 4, 3), np.uint8)
+    path, labels = tmp_path / "a.npz", list(range(11))
+    store = write_archive(path, images, labels, batch_size=4)
+    store.has_labels = True
+    assert store.is_whole() and store.begin() == ({}, True)
+    whole = path.read_bytes()
+    for at in range(0, len(whole) - 1, 97):  # a bit anywhere, but in what no reader looks at
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        if store.is_whole():
+            loaded = np.load(path)
+            assert np.array_equal(loaded["arr_0"], images) and loaded["arr_1"].tolist() == labels
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert not store.is_whole()
+    for arrays, verdict in (
+        ([images], False), ([images, labels], True), ([images[:10], labels], False),
+        ([images, labels[:10]], False), ([images, np.zeros(11)], False), ([images / 255, labels], False),
+        ([images.reshape(11, 4, 6, 3), labels], False),
+    ):  # fmt: skip
+        for save in (np.savez, np.savez_compressed):
+            save(path, *arrays)
+            assert store.is_whole() is verdict
+    path.unlink()
+    assert not store.is_whole()
 
 
 def test_damaged_bytes_are_sampled_again(ckpt, tmp_path, monkeypatch, undisturbed, capsys):
