@@ -1,5 +1,6 @@
 """sample_ddp.py: one .npz whatever the processes, batches and kills; what it finds is checked first."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -227,6 +228,7 @@ def test_a_complete_npz_needs_no_folder(ckpt, tmp_path, monkeypatch, undisturbed
     assert not list(tmp_path.rglob("*.png"))
     message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, "--png", batch=5))
     assert "holds samples with other per-proc-batch-size (7)" in message
+    gc.collect()  # what was refused in this process, whose traceback holds the folder's lock
     path.with_suffix(".json").unlink()
     message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, "--png"))
     assert message.startswith(f"{path}: is there without its .json") and path.read_bytes() == undisturbed
