@@ -183,6 +183,41 @@ class Processes:
             raise UserError(mistake)
         return result
 
+    @contextlib.contextmanager
+    def agreeing(self):
+        """Make a UserError inside, on any process, one on all: `with processes.agreeing(): …`. Nothing inside
+        may wait for another process."""
+        mistake = None
+        try:
+            yield
+        except UserError as error:
+            mistake = str(error)
+        mistakes = [mistake for mistake in self.gather(mistake) if mistake]
+        if mistakes:
+            raise UserError(mistakes[0])
+
+    def check_shared(self, folder, flag):
+        """Raise UserError, on every process, where one does not see the folder as the main process does."""
+        if self.world_size == 1:
+            return
+        name = self.broadcast(f".shared.{secrets.token_hex(8)}")
+        mark, host = os.path.join(folder, name), socket.gethostname()
+        if self.is_main:
+            open(mark, "x").close()
+        self.barrier()
+        deadline = time.monotonic() + 10  # which a network's file system may take to show what is new
+        while not (seen := os.path.exists(mark)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found = self.gather((seen, host))
+        if self.is_main:
+            os.remove(mark)
+        for rank, (seen, host) in enumerate(found):
+            if not seen:
+                raise UserError(
+                    f"{flag} {folder}: process {rank}, on {host}, does not see what process 0, on"
+                    f" {found[0][1]}, writes there; give a folder that all machines share, by the same path"
+                )
+
     def mean(self, value):
         """The mean over all processes of a tensor; every process calls it and gets it."""
         if self.world_size > 1:
@@ -271,13 +306,24 @@ def leave_group():
 def start_processes():
     """Join the processes that torchrun started, or be the only one. A GPU each where there are any, else the
     CPU."""
+    copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if copies > 1 and not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS={copies}: srun started {copies} copies of this command that do not know of"
+            " one another; start torchrun once a machine (srun --ntasks-per-node=1 torchrun …), or export"
+            " RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; where each is to run by itself,"
+            " WORLD_SIZE=1"
+        )
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # the rank itself counts on across machines
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            local_rank = 0  # Slurm may show each process a GPU of its own; torchrun shows all to all
+        if local_rank >= count:
             raise UserError(
-                f"torchrun --nproc_per_node: this machine has {torch.cuda.device_count()} GPUs,"
-                f" too few for process {local_rank}; give at most one process a GPU"
+                f"torchrun --nproc_per_node: this machine has {count} GPUs, too few for process {local_rank};"
+                " give at most one process a GPU"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

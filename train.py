@@ -33,7 +33,7 @@ from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from download import find_file
 from experiment import Best, Experiment, Meter, Metrics, comparable, memory_gib, peak_flops
-from images import save_gif, save_grid
+from images import make_folder, save_gif, save_grid
 from inception import SampleFID, share_of
 from models import DiT, count_macs
 from runtime import (
@@ -91,37 +91,31 @@ def main(args):
     total = args.max_steps or args.epochs * steps_per_epoch
     if held_out is not None:
         held_out = Guarded(held_out, args.skip_bad_images)
-        for row in range(len(held_out))[processes.rank :: world_size]:  # later on, one would stop every run
-            problem = held_out[(row, False)][2]
-            if problem and not args.skip_bad_images:
-                raise UserError(problem)
+        with processes.agreeing():
+            # Later on, an unreadable one would stop every run:
+            for row in range(len(held_out))[processes.rank :: world_size]:
+                problem = held_out[(row, False)][2]
+                if problem and not args.skip_bad_images:
+                    raise UserError(problem)
     if args.dry_run:
         if processes.is_main:
             print_plan(args, dataset, model_config, total, steps_per_epoch, world_size)
         return
 
     # Load the autoencoder and the weights to start from, which can fail, before anything is written:
-    autoencoder = open_autoencoder(args, dataset, device)
-    initial = (
-        checkpoint.load(find_file(args.init_from, "--init-from"), "--init-from") if args.init_from else None
-    )
-
-    fid = None
-    if args.fid_ref:
-        fid = SampleFID(
-            args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
-            sampling=sampling_defaults(args, FID_CFG_SCALE), processes=processes,
-        )  # fmt: skip
+    initial = fid = None
+    with processes.agreeing():
+        autoencoder = open_autoencoder(args, dataset, device)
+        if args.init_from:
+            initial = checkpoint.load(find_file(args.init_from, "--init-from"), "--init-from")
+        if args.fid_ref:
+            fid = SampleFID(
+                args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
+                sampling=sampling_defaults(args, FID_CFG_SCALE), processes=processes,
+            )  # fmt: skip
 
     # Find the run to continue, or make a folder:
-    experiment, agents = None, processes.gather(torchrun_agent())
-
-    def begin():
-        nonlocal experiment
-        experiment = Experiment(args, agents)
-        return experiment.folder, experiment.resumed
-
-    folder, resume_path = processes.on_main(begin)
+    experiment, folder, resume_path = find_run(args, processes)
     logger = create_logger(folder, enabled=processes.is_main)
     logger.info(f"Experiment directory {'found' if resume_path else 'created'} at {folder}")
 
@@ -467,6 +461,28 @@ def sample_grid(sampler, seed, cfg_scale, gif, processes):
 
 # ---------------------------------------------------------------------------------------------
 # Beginning, continuing and ending
+
+
+def find_run(args, processes):
+    """Find the run to continue, or make a folder, which every process must see.
+
+    Returns its Experiment, which the main process alone has, its folder, and the checkpoint to continue from.
+    """
+    agents = processes.gather(torchrun_agent())
+    if args.resume in ("auto", "never"):
+        processes.on_main(make_folder, args.results_dir, "--results-dir")
+        processes.check_shared(args.results_dir, "--results-dir")
+    experiment = None
+
+    def begin():
+        nonlocal experiment
+        experiment = Experiment(args, agents)
+        return experiment.folder, experiment.resumed
+
+    folder, resume_path = processes.on_main(begin)
+    if args.resume not in ("auto", "never"):
+        processes.check_shared(folder, "--resume")
+    return experiment, folder, resume_path
 
 
 def prepare(model, ema, args, processes):

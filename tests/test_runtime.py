@@ -138,6 +138,52 @@ def test_only_user_errors_are_one_line(monkeypatch, capsys):
         runtime.launch(broken, parser)
 
 
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        (dict(SLURM_NTASKS="2", SLURM_PROCID="0"), "alone"),  # a batch script, without srun
+        (dict(SLURM_NTASKS="2", SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="2"), "refused"),
+        (dict(SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"), "alone"),  # srun --pty bash
+        (dict(SLURM_NTASKS="2", SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="2", WORLD_SIZE="1"), "alone"),
+    ],
+)
+def test_copies_that_srun_started(monkeypatch, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected == "alone":
+        assert runtime.start_processes().world_size == 1
+    else:
+        with pytest.raises(UserError, match="^SLURM_STEP_NUM_TASKS=2: srun started 2 copies"):
+            runtime.start_processes()
+
+
+@pytest.mark.parametrize(
+    "count, local_rank, torchrun, expected",
+    [
+        (4, 3, True, 3),
+        (4, 3, False, 3),
+        (1, 0, True, 0),
+        (1, 3, False, 0),
+        (1, 1, True, None),
+        (2, 2, 0, None),
+    ],
+)
+def test_which_gpu(monkeypatch, count, local_rank, torchrun, expected):
+    """Slurm may show each process one GPU alone; torchrun's processes all see the same."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if expected is None:
+        with pytest.raises(UserError, match=f"has {count} GPUs, too few for process {local_rank};"):
+            runtime.start_processes()
+    else:
+        assert [runtime.start_processes().device] == chosen == [torch.device("cuda", expected)]
+
+
 def test_importing_changes_nothing():
     code = (
         "import torch; before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32;"

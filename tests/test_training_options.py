@@ -3,6 +3,7 @@
 import functools
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_data import write_image
 from test_train import SMALL
 
 import checkpoint
+from data import hold_out, open_dataset
 from images import save_gif, save_grid
 from models import DiT, DiT_models
 from sampler import Sampler
@@ -234,6 +236,37 @@ def test_validation_is_shared_by_processes(tmp_path):
     one, _ = run(tmp_path / "one", *argv)
     two, _ = run(tmp_path / "two", *argv, runs=start_two)
     np.testing.assert_allclose(losses(two, "eval_loss"), losses(one, "eval_loss"), rtol=1e-5)
+
+
+def test_a_held_out_image_that_one_process_cannot_read(tmp_path):
+    """Neither trains, and no folder is left."""
+    for i in range(100):
+        write_image(tmp_path / "images" / "a" / f"{i}.png", seed=i)
+    dataset = open_dataset("folder", str(tmp_path / "images"), 16)
+    _, held_out = hold_out(dataset, 0)
+    path = Path(dataset.samples[held_out.indices[1]][0])  # the second process's
+    path.write_bytes(path.read_bytes()[:600])
+    argv = [*QUICK, "--dataset", "folder", "--data-path", tmp_path / "images", "--image-size", 16,
+            "--eval-every", 2]  # fmt: skip
+    _, printed = run(tmp_path / "results", *argv, runs=start_two, expect=2)
+    assert printed.count(f"train.py: error: {path}: cannot be read as an image") == 2
+    assert not list((tmp_path / "results").glob("0*"))
+
+
+def go_to_a_folder_of_its_own(root):
+    os.chdir(os.path.join(root, os.environ["RANK"]))
+
+
+def test_results_that_are_not_shared(tmp_path):
+    """By machines, as here by two processes that each see another folder by this name."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    away = functools.partial(go_to_a_folder_of_its_own, str(tmp_path))
+    processes = start_two([*QUICK, "--results-dir", "results"], tmp_path / "out", before=away)
+    assert finish(*processes) == [2, 2]
+    for rank in "01":
+        assert "--results-dir results: process 1, on " in (tmp_path / f"out.{rank}").read_text()
+    assert not list(tmp_path.glob("*/results/*"))
 
 
 def say_what_is_sampled():
