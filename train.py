@@ -203,14 +203,17 @@ def main(args):
     with bar, contextlib.closing(batches):
         for step, (images, labels, problems) in enumerate(batches, start=start + 1):
             signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
-            if signalled or unreadable:
+            done = None
+            if not signalled and not unreadable:
+                done = trainer.step(step, images, labels, lambda: stop.agreed()[0])
+            if done is None:
                 path = save(step - 1) if step - 1 > saved else path
                 again = f"give --resume {folder}" if args.resume == "never" else "run the same command again"
                 end_early(problems, unreadable, step - 1, path, again, logger)
                 return
             meter.add_skipped(len(problems))
 
-            terms, t, norm = trainer.step(step, images, labels)
+            terms, t, norm = done
             watch.look(step, norm, terms["loss"])
             meter.add(terms, (t * 4 // process.num_timesteps).long().clamp(max=3))
             bar.update()
@@ -271,16 +274,21 @@ class Trainer:
         )
         self.timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
 
-    def step(self, step, images, labels):
+    def step(self, step, images, labels, stopped=lambda: False):
         """Train on this process's rows; returns the loss's terms, each (N,), their times t (N,), and the norm
-        of the gradients. Waits for no GPU."""
+        of the gradients. Waits for no GPU.
+
+        stopped: asked between two of --grad-accum-steps parts; where it says so, nothing is trained, and None
+        is returned."""
         args = self.args
         draws = draw_step(args, step, self.processes, self.timestep_sampler, self.model)
         set_learning_rate(self.optimizer, learning_rate(args, step))
         self.optimizer.zero_grad(set_to_none=True)
         terms = backward(
-            self.process, self.network, self.parallel, self.autoencoder, images, labels, draws, args
+            self.process, self.network, self.parallel, self.autoencoder, images, labels, draws, args, stopped
         )
+        if terms is None:
+            return None
         norm = gradient_norm(self.parallel, args.clip_grad)
         self.optimizer.step()
         update_ema(self.ema, self.model, ema_decay(args, step))
@@ -307,8 +315,9 @@ def draw_step(args, step, processes, timestep_sampler, model):
     return {name: values[rows] for name, values in draws.items()}
 
 
-def backward(process, network, parallel, autoencoder, images, labels, draws, args):
-    """Add up the gradients of a batch, in --grad-accum-steps parts; returns its terms, each (N,), detached.
+def backward(process, network, parallel, autoencoder, images, labels, draws, args, stopped):
+    """Add up the gradients of a batch, in --grad-accum-steps parts; returns its terms, each (N,), detached,
+    or None where stopped(), asked between two parts, says so.
 
     Processes exchange gradients on the last part only.
     """
@@ -317,6 +326,8 @@ def backward(process, network, parallel, autoencoder, images, labels, draws, arg
     collected = []
     batch = dict(draws, images=images, labels=labels)
     for part, values in enumerate(zip(*(rows.chunk(parts) for rows in batch.values()))):
+        if part and stopped():
+            return None
         rows = {name: value.to(device, non_blocking=True) for name, value in zip(batch, values)}
         x_start = encode(rows["images"], rows["posterior"])
         model_kwargs = dict(y=rows["labels"], force_drop_ids=rows["drop"]) if args.num_classes else {}

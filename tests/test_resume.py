@@ -1,5 +1,6 @@
 """A run killed at any moment and started again by the same command ends as one that was not, bit for bit."""
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -353,14 +354,6 @@ def test_sigterm_under_torchrun(tmp_path, straight_two):
     launch = torchrun("--standalone", "--nproc_per_node=2")
     argv = [*ARGV, "--results-dir", tmp_path, "--num-workers", 2]
 
-    def workers(run):
-        return list(
-            map(
-                int,
-                subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split(),
-            )
-        )
-
     run = launch(*argv)
     _wait(folder_of(tmp_path), 6)
     sent = time.monotonic()
@@ -389,26 +382,38 @@ def test_sigterm_under_torchrun(tmp_path, straight_two):
     assert_same_outcome(folder_of(tmp_path), straight_two)
 
 
-def _wait(folder, step, timeout=90):
+def _wait(folder, step, timeout=300):
     deadline = time.monotonic() + timeout
     while not any(row["step"] >= step for row in rows(folder)):
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def kill_worker(rank, *agents):
-    """kill -9 the process of a rank among those of torchrun's agents."""
-    parents = ",".join(str(agent.pid) for agent in agents)
-    found = subprocess.run(["pgrep", "-P", parents], capture_output=True, text=True)
-    (pid,) = [
-        int(pid)
-        for pid in found.stdout.split()
-        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    ]
-    os.kill(pid, signal.SIGKILL)
+def workers(*agents):
+    """{process id: its environment} of the processes that torchrun's agents have started."""
+    parents, found = ",".join(str(agent.pid) for agent in agents), {}
+    for pid in subprocess.run(["pgrep", "-P", parents], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(OSError):  # ended since
+            found[int(pid)] = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return found
 
 
-def finish_torchrun(*runs, timeout=120):
+def kill_in_turn(folder, kills, *agents, pause=0.0):
+    """kill -9 the process of each rank, that many seconds after a step is logged; kills: [(rank, step)]."""
+    killed, deadline = set(), time.monotonic() + 900
+    for rank, step in kills:
+        pids = []
+        while not pids and time.monotonic() < deadline:  # long before it trains
+            alive = {pid: names for pid, names in workers(*agents).items() if pid not in killed}
+            pids = [pid for pid, names in alive.items() if f"RANK={rank}" in names]
+            time.sleep(0.1)
+        _wait(folder, step)
+        time.sleep(pause)
+        killed |= {*workers(*agents)}
+        os.kill(*pids, signal.SIGKILL)
+
+
+def finish_torchrun(*runs, timeout=300):
     """Wait for torchrun's agents; all that they and their processes printed."""
     try:
         printed = "".join(run.communicate(timeout=timeout)[0] for run in runs)
@@ -424,8 +429,7 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, straight_two):
     """The same job goes on by itself, in its own folder, even where it was told to continue none."""
     argv = [*ARGV, "--results-dir", tmp_path, "--resume", "never"]
     run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3")(*argv)
-    _wait(folder_of(tmp_path), 18)
-    kill_worker(0, run)
+    kill_in_turn(folder_of(tmp_path), [(0, 18)], run)
     assert "Continuing after step 16" in finish_torchrun(run)
     assert_same_outcome(folder_of(tmp_path), straight_two)
     assert not folder_of(tmp_path, 1).exists()
@@ -434,17 +438,20 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, straight_two):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_ten_random_kills(tmp_path, straight_two, rank):
-    generator = random.Random(rank)
-    for number in range(10):
-        run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3")(
-            *ARGV, "--results-dir", tmp_path / str(number)
-        )
-        _wait(folder_of(tmp_path / str(number)), generator.randrange(3, 39))
-        time.sleep(generator.random() * 0.03)
-        kill_worker(rank, run)
+    generator, kills = random.Random(rank), 0
+    for number in itertools.count():
+        results = tmp_path / str(number)
+        launch = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3")
+        run = launch(*ARGV, "--results-dir", results)
+        pause = generator.random() * 0.03
+        kill_in_turn(folder_of(results), [(rank, generator.randrange(3, 37))], run, pause=pause)
         finish_torchrun(run)
-        assert_same_outcome(folder_of(tmp_path / str(number)), straight_two)
-        assert not folder_of(tmp_path / str(number), 1).exists()
+        assert_same_outcome(folder_of(results), straight_two)
+        assert not folder_of(results, 1).exists()
+        # Unless the run was faster:
+        kills += (folder_of(results) / "log.txt").read_text().count("Experiment directory") == 2
+        if kills == 10:
+            break
 
 
 @pytest.mark.slow
@@ -460,10 +467,8 @@ def test_two_nodes(tmp_path, straight_two):
 def test_two_nodes_with_kills(tmp_path, straight_two, share):
     """One process after the other, on either node, so that the nodes count the deaths differently."""
     runs = start_two_nodes(tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=share)
-    for rank, step in ((1, 6), (0, 18), (1, 30)):
-        _wait(folder_of(tmp_path), step)
-        kill_worker(rank, *runs)
-    finish_torchrun(*runs, timeout=240)
+    kill_in_turn(folder_of(tmp_path), [(1, 6), (0, 18), (1, 30)], *runs)
+    finish_torchrun(*runs)
     assert_same_outcome(folder_of(tmp_path), straight_two)
     assert not folder_of(tmp_path, 1).exists()
 

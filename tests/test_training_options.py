@@ -1,8 +1,10 @@
 """What train.py can do besides: memory and precision, pictures and validation, fine-tuning, and faults."""
 
 import functools
+import itertools
 import os
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,36 @@ def test_gradients_are_exchanged_once_a_step(tmp_path):
     argv = [*QUICK, "--global-batch-size", 32, "--grad-accum-steps", 4]
     _, printed = run(tmp_path, *argv, runs=start_two, before=count_exchanges)
     assert printed.count("exchange\n") == 2 * 12  # by two processes, in twelve steps of four parts
+
+
+def ask_to_stop_in_a_step():
+    import train
+
+    exchanging, parts = train.exchanging, itertools.count(1)
+
+    def counting(*args):
+        part = next(parts)
+        print("part")
+        if part == 14 and os.environ["RANK"] == "1":  # the second of the fourth step's
+            os.kill(os.getpid(), signal.SIGTERM)
+        return exchanging(*args)
+
+    train.exchanging = counting
+
+
+@pytest.mark.parametrize("more", [[], ["--shard"]])
+def test_a_step_is_given_up_between_its_parts(tmp_path, more):
+    """A signal to one process stops all after the part at hand; what was saved goes on as if undisturbed."""
+    argv = [*QUICK, "--max-steps", 6, "--global-batch-size", 32, "--grad-accum-steps", 4, *more]
+    straight, _ = run(tmp_path / "straight", *argv, runs=start_two)
+    folder, printed = run(tmp_path / "stopped", *argv, runs=start_two, before=ask_to_stop_in_a_step)
+    assert printed.count("part\n") == 2 * 14 and "Stopped after step 3, saved" in printed
+    run(tmp_path / "stopped", *argv, runs=start_two)
+    assert losses(folder) == losses(straight) and len(losses(folder)) == 6
+    newest = "0000006" + ("" if more else ".pt")
+    ends = [checkpoint.load(str(f / "checkpoints" / newest)).contents for f in (folder, straight)]
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, ends[1][part][key]) for key, value in ends[0][part].items())
 
 
 @pytest.mark.parametrize("runs", [None, start_two])
