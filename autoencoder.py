@@ -1,7 +1,7 @@
 """Between images and what the model sees: the latents of a VAE (Rombach et al., arXiv 2112.10752), or pixels.
 
-Both classes have the same interface: channels and factor (how many times smaller), encode, decode, and
-`config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
+Both classes have the same interface: channels and factor (how many times smaller), image_channels, encode,
+decode, and `config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ class Pixels:
     clip_denoised = True  # predictions of x_start are images, so they lie in [-1, 1]
 
     def __init__(self, channels):
-        self.channels = channels
+        self.channels = self.image_channels = channels
         self.config = dict(vae="none", channels=channels, factor=1)
 
     def to(self, device):
@@ -66,6 +66,10 @@ class VAE:
         if self._model is None:
             self._model = _load_autoencoder_kl(self.name).eval().requires_grad_(False).to(self.device)
         return self._model
+
+    @property
+    def image_channels(self):
+        return self.model.config.in_channels
 
     def to(self, device):
         self.device = torch.device(device)

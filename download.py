@@ -39,6 +39,7 @@ def find_model(model_name, weights="ema"):
 def find_file(name, flag="--ckpt"):
     """The path of a published checkpoint by name, or of a diffusers pipeline by hub id (owner/name), fetched
     where need be; of a local file, unchanged. Raises UserError where it cannot be fetched."""
+    name = os.fspath(name)
     if os.path.exists(name):
         return name
     if name in PRETRAINED_MODELS:

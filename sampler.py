@@ -15,7 +15,7 @@ import contextlib
 import math
 import os
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from tqdm.auto import tqdm
@@ -27,7 +27,7 @@ from download import PRETRAINED_MODELS, find_file
 from graphs import Graphed
 from images import to_unit
 from models import DiT, DiT_models, null_label
-from runtime import LABEL, UserError, add_precision_argument, blame, derive_seed, fold_seed
+from runtime import LABEL, PRECISIONS, UserError, add_precision_argument, blame, derive_seed, fold_seed
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
 # samples guide three of the four latent channels; a model of another number of channels is guided whole.
@@ -168,13 +168,17 @@ class Sampler:
                            the same weights, but an image then depends on its place among the others
         return_trajectory  return (images, trajectory): at most 33 frames (F, N, C, H, W) from noise to image
         progress      show a bar
-        None stands for the run's own default. Raises UserError, a ValueError, for anything out of range.
+        None stands for the run's own default. Raises UserError, a ValueError, for anything out of
+        range, or of another type.
         """
         count, labels, seeds = self._settle_rows(n_or_labels, seeds)
         options = self.settle(
             labels=labels, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
             cfg_schedule=cfg_schedule, steps=steps, sampler=sampler,
         )  # fmt: skip
+        batch_size = _plain(batch_size)
+        if not _is_whole(batch_size) or batch_size < 1:
+            raise UserError(f"batch_size {_shown(batch_size)}: must be a whole number, at least 1")
         if published_draws:
             if labels is None and self.model.num_classes:
                 raise UserError("published_draws: the published script draws no labels; give them")
@@ -203,13 +207,17 @@ class Sampler:
 
     def sample_each_class(self, n_per_class, classes=None, **options):
         """n_per_class images of every class in turn, or of the classes given. Options as sample's."""
-        classes = range(self.model.num_classes) if classes is None else classes
+        n_per_class = _plain(n_per_class)
+        if not _is_whole(n_per_class) or n_per_class < 1:
+            raise UserError(f"n_per_class {_shown(n_per_class)}: must be a whole number, at least 1")
         if not self.model.num_classes:
             raise UserError("sample_each_class: this model is unconditional; use sample(n)")
+        classes = range(self.model.num_classes) if classes is None else _integers(classes, "classes")
         return self.sample([label for label in classes for _ in range(n_per_class)], **options)
 
     def image_to_image(self, images, labels=None, new_labels=None, *, cfg_scale=None, steps=None):
-        """Images (N, C, H, W) in [0, 1] led back to noise by reverse DDIM, then to images of other labels.
+        """Images (N, C, H, W), float in [0, 1], led back to noise by reverse DDIM, then to images of other
+        labels.
 
         labels       what they show, one each; None for not known
         new_labels   what they should show; None for the same, which gives about the same images
@@ -217,10 +225,9 @@ class Sampler:
                      the labels stay
         steps        of each way
         """
+        self._check_images(images)
         old = None if labels is None else _integers(labels, "labels")
         new = old if new_labels is None else _integers(new_labels, "new_labels")
-        if not isinstance(images, torch.Tensor) or not 0 <= images.min() <= images.max() <= 1:
-            raise UserError("images: must be a tensor (N, C, H, W) of values in [0, 1]")
         for given in (old, new):
             if given is not None and len(given) != len(images):
                 raise UserError(f"{len(given)} labels for {len(images)} images: give as many")
@@ -233,7 +240,8 @@ class Sampler:
         if self.model.num_classes and None in (old, new) and null is None:
             raise UserError("labels: this model was trained with every label given; name those of the images")
         shape = (len(images), self.model.in_channels, *self.model.input_size)
-        x = self.autoencoder.encode(images.to(self.device) * 2 - 1, torch.zeros(shape, device=self.device))
+        images = images.to(self.device, torch.float32)
+        x = self.autoencoder.encode(images * 2 - 1, torch.zeros(shape, device=self.device))
         clip = self.autoencoder.clip_denoised
         with self._evaluating():
             noise = self.process.invert(
@@ -246,6 +254,16 @@ class Sampler:
                 guidance=None if new is None else make_guidance(options, self.model.config, self.guide),
             )  # fmt: skip
         return to_unit(self.autoencoder.decode(x))
+
+    def _check_images(self, images):
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim != 4:
+            raise UserError("images: must be a tensor (N, C, H, W) of values in [0, 1]")
+        shape, factor = tuple(images.shape), self.autoencoder.factor
+        expected = (self.autoencoder.image_channels, *(side * factor for side in self.model.input_size))
+        if shape[1:] != expected or not shape[0]:
+            raise UserError(f"images {shape}: must be (N, %d, %d, %d), and one or more" % expected)
+        if not 0 <= images.min() <= images.max() <= 1:  # nor NaN
+            raise UserError("images: must be a tensor (N, C, H, W) of values in [0, 1]")
 
     def settle(self, **options):
         """All sampling options, with the defaults for those left out; UserError for what cannot be."""
@@ -301,13 +319,13 @@ class Sampler:
 
     @staticmethod
     def _settle_rows(n_or_labels, seeds):
-        labels = None if isinstance(n_or_labels, Integral) else _integers(n_or_labels, "labels")
+        n_or_labels, seeds = _plain(n_or_labels), 0 if seeds is None else _plain(seeds)
+        labels = None if _is_whole(n_or_labels) else _integers(n_or_labels, "labels")
         count = int(n_or_labels) if labels is None else len(labels)
         if count < 1:
             raise UserError(f"{count} samples: ask for at least 1")
-        first = 0 if seeds is None else seeds
-        if isinstance(first, Integral):
-            seeds = range(first, first + count)
+        if _is_whole(seeds):
+            seeds = range(seeds, seeds + count)
         elif not isinstance(seeds, range):
             seeds = _integers(seeds, "seeds")
         if min(seeds, default=0) < 0:
@@ -317,11 +335,43 @@ class Sampler:
         return count, labels, seeds
 
 
+def _plain(value):
+    """A number of numpy or torch as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _is_whole(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _integers(values, name):
+    """A list of ints, of whole numbers in any iterable, an array or a tensor; UserError for anything else."""
     try:
-        return [int(value) for value in values]
-    except (TypeError, ValueError):
-        raise UserError(f"{name} {values!r}: must be whole numbers, one an image") from None
+        values = [_plain(value) for value in values]
+        wrong = [value for value in values if not _is_whole(value)]
+    except TypeError:
+        wrong = [values]
+    if wrong:
+        raise UserError(f"{name} {_shown(wrong[0])}: must be whole numbers, one an image")
+    return [int(value) for value in values]
+
+
+def _shown(value):
+    """Any value in a line of an error."""
+    line = " ".join(repr(value).split())
+    return line if len(line) < 60 else f"{line[:59]}…"
+
+
+def _path(value, flag):
+    """The str of a path, a pathlib.Path say; UserError, naming the flag, for what is none."""
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise UserError(f"{flag} {_shown(value)}: must be the path of a file, or a name") from None
 
 
 class Plan:
@@ -352,9 +402,15 @@ class Plan:
         defaults=None,
         flag="--ckpt",
     ):
-        self.path, self.weights, self.flag = path, weights, flag
-        if path in PRETRAINED_MODELS and not os.path.exists(path):
-            kept, described = {}, checkpoint.Checkpoint(path, {}, dict(model=published_config(path)))
+        self.path, self.weights, self.flag = _path(path, flag), weights, flag
+        vae = vae and _path(vae, "--vae")
+        if weights not in ("ema", "raw"):
+            raise UserError(f"--weights {_shown(weights)}: must be ema or raw")
+        if model not in (None, *DiT_models):
+            raise UserError(f"--model {_shown(model)}: choose one of {', '.join(DiT_models)}")
+        if self.path in PRETRAINED_MODELS and not os.path.exists(self.path):
+            kept = {}
+            described = checkpoint.Checkpoint(self.path, {}, dict(model=published_config(self.path)))
         else:
             self.checkpoint.state_dict(weights)  # which it may not have
             kept, described = self.checkpoint.config, self.checkpoint
@@ -412,6 +468,8 @@ class Plan:
         cuda_graphs  whether to record forward passes and replay them, on a GPU
         """
         device = check_cuda_graphs(cuda_graphs, device)
+        if precision not in (None, *PRECISIONS):
+            raise UserError(f"--precision {_shown(precision)}: choose one of {', '.join(PRECISIONS)}")
         network = self._build_network(precision, compile)
         guide = self.guide and self.guide._build_network(precision, compile)
         autoencoder = load_autoencoder(self.vae, device, image_channels=network.in_channels)
@@ -433,6 +491,7 @@ def settle_options(model_config, process, defaults, *, labels=None, has_guide=Fa
 
     Raises UserError for labels or options that this model cannot serve.
     """
+    given, defaults = plain_options(given), plain_options(defaults)
     null, num_classes = null_label(model_config), model_config["num_classes"]
     if labels is not None:
         check_labels(labels, num_classes)
@@ -460,10 +519,38 @@ def settle_options(model_config, process, defaults, *, labels=None, has_guide=Fa
     return options
 
 
+def plain_options(options):
+    """Options of sampling whose numbers are Python's; UserError for a value of another type than its option
+    has."""
+    options = {name: _plain(value) for name, value in options.items()}
+    for name, is_right, what in (
+        ("cfg_scale", _is_number, "a number"),
+        ("cfg_channels", lambda value: _is_whole(value) or str(value) == "all", "a whole number, or all"),
+        ("cfg_schedule", lambda value: isinstance(value, str), "a name"),
+        ("sampler", lambda value: isinstance(value, str), "a name"),
+        ("steps", lambda value: not isinstance(value, bool | float | bytes), "a whole number, or a spacing"),
+    ):
+        value = options.get(name)
+        if value is not None and not is_right(value):
+            flag = "num-sampling-steps" if name == "steps" else name.replace("_", "-")
+            raise UserError(f"--{flag} {_shown(value)}: must be {what}")
+    if options.get("cfg_interval") is not None:
+        try:
+            levels = [_plain(level) for level in options["cfg_interval"]]
+        except TypeError:
+            levels = [None]
+        if not all(map(_is_number, levels)):
+            raise UserError(f"--cfg-interval {_shown(options['cfg_interval'])}: must be two noise levels")
+        options["cfg_interval"] = levels
+    return options
+
+
 def check_published_draws(seeds, options):
     """Raise UserError where the published script, with its one seed, could not have drawn so."""
     if not isinstance(seeds, range):
-        raise UserError("--published-draws: takes one seed for all samples")
+        raise UserError("--published-draws: takes one seed for all samples, a number rather than a list")
+    if seeds[0] >= 2**63:
+        raise UserError(f"--seed {seeds[0]}: must be below 2^63 for the published draws")
     if options["sampler"] != "ddpm":
         raise UserError(f"--published-draws: the published script samples by ddpm, not {options['sampler']}")
 
@@ -485,7 +572,12 @@ def make_guidance(options, model_config, guide=None):
 
 def check_cuda_graphs(cuda_graphs, device=None):
     """The device to sample on, None for a GPU where there is one; UserError for --cuda-graphs without one."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device {_shown(device)}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs; leave it out")
     if cuda_graphs and device.type != "cuda":
         raise UserError(f"--cuda-graphs: needs a GPU, this is the {device}; leave it out")
     return device

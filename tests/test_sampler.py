@@ -1,5 +1,6 @@
 """sampler.py and sample.py: an image depends on its seed and label alone; bad requests are refused first."""
 
+import math
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 import checkpoint
 import sample
 from diffusion import create_diffusion
+from download import find_model
 from images import save_grid
 from runtime import UserError, fold_seed, launch
 from sampler import SampleNoise, Sampler
@@ -230,6 +232,119 @@ def test_refused_requests(options, call, message):
         tiny_sampler(**options).sample(**call)
 
 
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (dict(batch_size=0), "batch_size 0: must be a whole number, at least 1"),
+        (dict(batch_size=-1), "batch_size -1: must be"),
+        (dict(batch_size=1.5), "batch_size 1.5: must be"),
+        (dict(batch_size=True), "batch_size True: must be"),
+        (dict(n_or_labels=[1.7]), "labels 1.7: must be whole numbers, one an image"),
+        (dict(n_or_labels=[1, True]), "labels True: must be"),
+        (dict(n_or_labels=["1"]), "labels '1': must be"),
+        (dict(n_or_labels="12"), "labels '1': must be"),
+        (dict(n_or_labels=1.0), "labels 1.0: must be"),
+        (dict(n_or_labels=None), "labels None: must be"),
+        (dict(n_or_labels=True), "labels True: must be"),
+        (dict(n_or_labels=np.array([1.0])), "labels 1.0: must be"),
+        (dict(n_or_labels=torch.tensor([True])), "labels True: must be"),
+        (dict(n_or_labels=torch.zeros(2, 2, dtype=torch.int64)), "labels tensor([0, 0]): must be"),
+        (dict(seeds=[0.9, 1]), "seeds 0.9: must be"),
+        (dict(seeds=0.9), "seeds 0.9: must be"),
+        (dict(seeds=math.inf), "seeds inf: must be"),
+        (dict(seeds=[math.nan, 1]), "seeds nan: must be"),
+        (dict(seeds="7"), "seeds '7': must be"),
+        (dict(seeds=-1), "--seed -1: must be 0 or more"),
+        (dict(cfg_scale="2"), "--cfg-scale '2': must be a number"),
+        (dict(cfg_scale=math.inf), "--cfg-scale inf: must be 0 or more"),
+        (dict(cfg_scale=[2.0]), "--cfg-scale [2.0]: must be a number"),
+        (dict(cfg_scale=torch.ones(2)), "--cfg-scale tensor([1., 1.]): must be a number"),
+        (dict(cfg_scale=2j), "--cfg-scale 2j: must be a number"),
+        (dict(cfg_interval=3.0), "--cfg-interval 3.0: must be two noise levels"),
+        (dict(cfg_interval="12"), "--cfg-interval '12': must be two noise levels"),
+        (dict(cfg_interval=(1, None)), "--cfg-interval (1, None): must be two noise levels"),
+        (dict(cfg_interval=(1, math.nan)), "--cfg-interval: interval 1 nan: must be two noise levels"),
+        (dict(cfg_channels="2"), "--cfg-channels '2': must be a whole number, or all"),
+        (dict(cfg_channels=1.5), "--cfg-channels 1.5: must be"),
+        (dict(cfg_channels=[1]), "--cfg-channels [1]: must be"),
+        (dict(cfg_schedule=["constant"]), "--cfg-schedule ['constant']: must be a name"),
+        (dict(sampler=["ddim"]), "--sampler ['ddim']: must be a name"),
+        (dict(sampler=3), "--sampler 3: must be a name"),
+        (dict(steps=5.0), "--num-sampling-steps 5.0: must be a whole number, or a spacing"),
+        (dict(steps=True), "--num-sampling-steps True: must be"),
+        (dict(steps=math.nan), "--num-sampling-steps nan: must be"),
+        (dict(steps=object), "--num-sampling-steps <class 'object'>: "),
+        (dict(steps=[1.5]), "--num-sampling-steps [1.5]: [1.5] is not a whole number of steps"),
+        (dict(steps=[5], sampler="heun"), "--num-sampling-steps [5]: [5] is not a number of steps"),
+        (dict(steps="five"), "--num-sampling-steps five: 'five' is not"),
+        (dict(n_or_labels=[3], seeds=[7], published_draws=True), "--published-draws: takes one seed for all"),
+        (dict(n_or_labels=[3, 4], seeds=[7], published_draws=True), "--seed: 1 seeds for 2 samples; give"),
+        (dict(n_or_labels=[3], seeds=2**64, published_draws=True), "must be below 2^63 for the published"),
+    ],
+)
+def test_values_of_another_type_are_refused(call, message, monkeypatch):
+    sampler = tiny_sampler()
+    monkeypatch.setattr(sampler, "generate", None)  # before any work
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        sampler.sample(**{"n_or_labels": 2, **call})
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    sampler = tiny_sampler()
+    expected = sampler.sample([3, 4], seeds=[7, 8], cfg_scale=2, cfg_channels=2, cfg_interval=(1, 9), steps=3)
+    for whole, many, real in (
+        (np.int64, np.array, np.float32), (torch.tensor, torch.tensor, torch.tensor), (int, iter, np.float64)
+    ):  # fmt: skip
+        images = sampler.sample(
+            many([3, 4]), seeds=many([7, 8]), cfg_scale=real(2.0), cfg_channels=whole(2), steps=whole(3),
+            cfg_interval=[real(1.0), real(9.0)], batch_size=whole(2),
+        )  # fmt: skip
+        assert torch.equal(images, expected)
+        assert torch.equal(sampler.sample(whole(2), seeds=whole(5)), sampler.sample(2, seeds=[5, 6]))
+        assert len(sampler.sample_each_class(whole(1), many([2, 3]), sampler="dpm++", steps=whole(2))) == 2
+
+
+def test_images_that_cannot_be_led_back():
+    sampler, images = tiny_sampler(), torch.rand(2, 3, 8, 8)
+    for wrong, message in (
+        (images[:0], "images (0, 3, 8, 8): must be (N, 3, 8, 8), and one or more"),
+        (images[0], "images: must be a tensor (N, C, H, W) of values in [0, 1]"),
+        (images[:, :1], "images (2, 1, 8, 8): must be (N, 3, 8, 8)"),
+        (images[..., :4], "images (2, 3, 8, 4): must be (N, 3, 8, 8)"),
+        ((images * 255).byte(), "images: must be a tensor"),
+        (images * math.nan, "images: must be a tensor"),
+        (images - 1, "images: must be a tensor"),
+        (None, "images: must be a tensor"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            sampler.image_to_image(wrong, steps=2)
+    for call, message in (
+        (dict(labels=3), "labels 3: must be whole numbers"),
+        (dict(labels=[1.5, 2]), "labels 1.5: must be"),
+        (dict(labels=[1, 2], new_labels=[1, 10]), "--class-labels 10: must be between 0 and 9"),
+        (dict(steps=1.5), "--num-sampling-steps 1.5: must be"),
+        (dict(cfg_scale="2"), "--cfg-scale '2': must be a number"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            sampler.image_to_image(images, **call)
+    expected = sampler.image_to_image(images, [1, 2], steps=3)
+    labels, steps = torch.tensor([1, 2]), np.int64(3)
+    assert torch.equal(sampler.image_to_image(images.double(), labels, steps=steps), expected)
+
+
+def test_each_class_of_no_number():
+    for call, message in (
+        (dict(n_per_class=0), "n_per_class 0: must be a whole number, at least 1"),
+        (dict(n_per_class=1.5), "n_per_class 1.5: must be"),
+        (dict(n_per_class=1, classes=3), "classes 3: must be whole numbers"),
+        (dict(n_per_class=1, classes=[]), "0 samples: ask for at least 1"),
+        (dict(n_per_class=1, classes=[10]), "--class-labels 10: must be between 0 and 9"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            tiny_sampler().sample_each_class(**call)
+
+
 def test_a_guide_that_would_guide_nothing():
     model = build_tiny(in_channels=3, learn_sigma=False, num_classes=0)
     sampler = Sampler(model, device="cpu", defaults=dict(cfg_scale=1.0, steps="2"), guide=model)
@@ -287,6 +402,31 @@ def ckpt(tmp_path, monkeypatch):
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
     launch(sample.main, sample.build_parser())
+
+
+def test_checkpoints_by_path(ckpt, tmp_path):
+    """A pathlib.Path is a path; what is none, or names no file, is refused as sample.py refuses it."""
+    path = tmp_path / ckpt
+    images = Sampler.from_checkpoint(path, guide=path).sample(2, cfg_scale=2)
+    assert torch.equal(images, Sampler.from_checkpoint(str(path), guide=str(path)).sample(2, cfg_scale=2))
+    assert torch.equal(find_model(path)["pos_embed"], torch.load(path)["ema"]["pos_embed"])
+    for call, message in (
+        (dict(path=tmp_path / "nowhere.pt"), "nowhere.pt: no such file"),
+        (dict(path=tmp_path / "a" / "b"), "a/b: no such file"),
+        (dict(path=None), "--ckpt None: must be the path of a file, or a name"),
+        (dict(path=3.0), "--ckpt 3.0: must be"),
+        (dict(path=[path]), "must be the path of a file, or a name"),
+        (dict(path=path, guide=tmp_path / "nowhere.pt"), "--guide"),
+        (dict(path=path, vae=tmp_path / "nowhere"), "nowhere: no such folder"),
+        (dict(path=path, vae=3), "--vae 3: must be the path"),
+        (dict(path=path, weights="best"), "--weights 'best': must be ema or raw"),
+        (dict(path=path, model="DiT-M/2"), "--model 'DiT-M/2': choose one of DiT-XL/2"),
+        (dict(path=path, precision="fp8"), "--precision 'fp8': choose one of fp32, tf32, bf16"),
+        (dict(path=path, device="gpu"), "device 'gpu': "),
+        (dict(path=path, device="cuda"), "device cuda: this machine has 0 GPUs; leave it out"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            Sampler.from_checkpoint(**call)
 
 
 def test_sample_repeats_nothing_of_the_training_command(ckpt, monkeypatch, capsys):
