@@ -27,9 +27,12 @@ from runtime import UserError, identify, is_gone, whole_file
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
 EXECUTION = {
-    "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every", "ckpt_every", "sample_every",
-    "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
+    "allow_changed_data", "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every",
+    "ckpt_every", "sample_every", "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
 }  # fmt: skip
+
+# Options that may be paths; or else names of published weights, or hub ids.
+PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_weights")
 
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
 
@@ -216,8 +219,16 @@ def is_finished(folder):
 
 
 def comparable(settings):
-    """Of options, what a run computes: plain JSON data."""
+    """Of options, what a run computes: plain JSON data. Two paths to one place are the same; relative ones,
+    which earlier versions kept, are taken from here."""
+    settings = resolve_paths(settings, os.path.realpath)
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in EXECUTION}))
+
+
+def resolve_paths(settings, resolve):
+    """Options with what resolve gives for each path to something that is there."""
+    paths = {name: settings[name] for name in PATHS if isinstance(settings.get(name), str)}
+    return {**settings, **{name: resolve(path) for name, path in paths.items() if os.path.exists(path)}}
 
 
 def read_settings(folder, select=comparable):
@@ -248,7 +259,8 @@ def is_repeated(folder, args):
     """Whether the run in this folder was last continued as these options say, and has not finished."""
     same = read_settings(folder) == comparable(vars(args))
     last = read_settings(folder, lambda settings: settings.get("resume"))
-    return same and last == args.resume and not is_finished(folder)
+    same_place = last is not None and os.path.realpath(last) == os.path.realpath(args.resume)
+    return same and same_place and not is_finished(folder)
 
 
 class Best:

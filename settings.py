@@ -1,6 +1,7 @@
 """The settings of a training run: the options of train.py, its presets, and what they come to."""
 
 import argparse
+import os
 
 import torch
 
@@ -10,7 +11,7 @@ from data import DATASETS, LatentCache, held_out_count, open_dataset, require_sa
 from diffusion import PATHS, create_process
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
-from experiment import import_wandb
+from experiment import import_wandb, resolve_paths
 from inception import add_inception_arguments, read_fid_reference, read_weights
 from models import BLOCKS, FFNS, POS_EMBEDS, DiT, DiT_models, count_macs
 from runtime import Parser, UserError, add_precision_argument, blame
@@ -158,6 +159,13 @@ def open_training_data(args, processes):
     return cache
 
 
+def keep_absolute(args):
+    """Make paths absolute, so that the run can be continued from another working directory."""
+    vars(args).update(resolve_paths(vars(args), os.path.abspath))
+    if args.resume not in ("auto", "never"):
+        args.resume = os.path.abspath(args.resume)
+
+
 def open_autoencoder(args, dataset, device):
     """What encodes and decodes. From a cache, its weights are read when the first picture is to be made."""
     if not args.feature_path:
@@ -255,6 +263,14 @@ def source(args):
     return args.feature_path or args.data_path or args.dataset
 
 
+def describe_data(args, dataset):
+    """What a checkpoint keeps of the data that it was trained on."""
+    return dict(
+        dataset=source(args), image_size=args.image_size, classes=dataset.classes, count=len(dataset),
+        fingerprint=dataset.fingerprint,
+    )  # fmt: skip
+
+
 def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size):
     """What --dry-run shows."""
     with torch.device("meta"):
@@ -299,6 +315,9 @@ def build_parser(description=None):
                        " it, or data (default: none)")
     group.add_argument("--feature-path", default=None, metavar="FOLDER",
                        help="latents cached by extract_features.py, in place of images (default: none)")
+    group.add_argument("--allow-changed-data", action=argparse.BooleanOptionalAction, default=False,
+                       help="continue a run although images of its classes were added, removed or renamed"
+                       " since (default: off)")
     group.add_argument("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
                        help="train on the next image in place of an unreadable one, and count them, rather"
                        " than save and stop (default: off)")

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import os
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -56,7 +57,9 @@ from settings import (
     check_data,
     check_options,
     configure_model,
+    describe_data,
     given_sampling,
+    keep_absolute,
     open_autoencoder,
     open_training_data,
     print_plan,
@@ -83,6 +86,7 @@ def main(args):
         )
     dataset = open_training_data(args, processes)
     check_data(args, dataset)
+    keep_absolute(args)
     model_config = configure_model(args, dataset)
     process = create_process(process_config(args))
     settle_options(model_config, process, sampling_defaults(args))  # for the pictures at the end
@@ -130,8 +134,7 @@ def main(args):
     start = 0
     config = dict(
         model=model.config, process=process.config, autoencoder=autoencoder.config,
-        data=dict(dataset=source(args), image_size=args.image_size, classes=dataset.classes),
-        sampling=given_sampling(args),
+        data=describe_data(args, dataset), sampling=given_sampling(args),
     )  # fmt: skip
     if resume_path:
         start, changes = restore(resume_path, args, config, total, trainer, meter)
@@ -561,8 +564,8 @@ def restore(path, args, config, total, trainer, meter):
 
 
 def check_same_run(path, contents, config, args):
-    """Raise UserError where a checkpoint is of another model or process; returns what else has changed since,
-    as "; now lr 0.0002 (was 0.0001)", or ""."""
+    """Raise UserError where a checkpoint is of another model, process or data; returns what else has changed
+    since, as "; now lr 0.0002 (was 0.0001)", or ""."""
     for part in ("model", "process"):
         old, new = contents["config"][part], config[part]
         for name in {**old, **new}:
@@ -571,9 +574,33 @@ def check_same_run(path, contents, config, args):
                     f"--resume {path}: its {name.replace('_', ' ')} is {old.get(name)}, by these options"
                     f" {new.get(name)}; give the run's own, or give the file to --init-from"
                 )
+    changed_data = check_same_data(path, contents["config"].get("data", {}), config["data"], args)
     old, new = comparable(contents["args"]), comparable(vars(args))
     changed = [name for name in new if name in old and new[name] != old[name]]
-    return "".join(f"; now {name} {new[name]} (was {old[name]})" for name in changed)
+    return changed_data + "".join(f"; now {name} {new[name]} (was {old[name]})" for name in changed)
+
+
+def check_same_data(path, old, new, args):
+    """Raise UserError where the data is not what a checkpoint was trained on, as far as that kept it: other
+    classes, or other images unless --allow-changed-data. Returns what has changed, as check_same_run."""
+    flag = "--feature-path" if args.feature_path else "--data-path" if args.data_path else "--dataset"
+    remedy = "give the run's own data, or --resume never to start another run"
+    if args.num_classes and old.get("classes", new["classes"]) != new["classes"]:
+        pairs = enumerate(zip_longest(old["classes"], new["classes"]))
+        label, (was, now) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+        raise UserError(
+            f"{flag} {new['dataset']}: has other classes than {path} was trained on: label {label} is"
+            f" {now!r}, and was {was!r}; {remedy}"
+        )
+    if old.get("fingerprint", new["fingerprint"]) == new["fingerprint"]:
+        return ""
+    if not args.allow_changed_data:
+        raise UserError(
+            f"{flag} {new['dataset']}: holds other images than {path} was trained on, or under other names"
+            f" ({new['count']:,}; were {old['count']:,}); give --allow-changed-data to go on with them,"
+            f" {remedy}"
+        )
+    return f"; now {new['count']} images, others (was {old['count']})"
 
 
 def write_checkpoint(experiment, step, state):

@@ -10,10 +10,12 @@ import torch
 from forked import finish, rows, start, start_two
 from test_autoencoder import save_vae
 from test_data import write_image
+from test_train import run
 
 import extract_features
 from autoencoder import load_autoencoder
 from data import MANIFEST, LatentCache, open_dataset
+from download import sha256_of
 from extract_features import shard_size
 from runtime import UserError, launch
 
@@ -138,6 +140,22 @@ def test_a_cache_that_does_not_fit(source, cache, tmp_path, argv, message):
     assert finish(start(argv, tmp_path / "out")) == [2]
     assert message.format(cache=cache, vae=source / "vae") in (tmp_path / "out").read_text()
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_is_not_continued_on_another_cache(source, cache, tmp_path, capsys):
+    os.system(f"cp -r {cache} {tmp_path}/cache")
+    argv = train(source, "--feature-path", tmp_path / "cache", "--results-dir", tmp_path / "results")
+    run(*argv, "--max-steps", 1)
+    again = [*argv, "--max-steps", 2, "--resume", tmp_path / "results" / "000-DiT-S-2"]
+    moments = tmp_path / "cache" / "moments-00007.npy"
+    np.save(moments, np.load(moments) + 1)
+    manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
+    manifest["shards"][7]["sha256"] = sha256_of(moments)
+    (tmp_path / "cache" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit):
+        run(*again)
+    assert f"--feature-path {tmp_path}/cache: holds other images than" in capsys.readouterr().err
+    run(*again, "--allow-changed-data")
 
 
 def test_damaged_caches(source, cache, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import random
 import re
@@ -18,7 +19,8 @@ import pytest
 import torch
 from conftest import ROOT
 from forked import finish, rows, start, start_two, wait_for_step
-from test_train import SMALL
+from test_data import write_image
+from test_train import SMALL, run
 
 import checkpoint
 import experiment
@@ -315,6 +317,109 @@ def test_going_back_happens_once(tmp_path):
         assert f"Continuing after step {after or step:,} " in (tmp_path / "out").read_text()
         step = checkpoint.step_of(checkpoint.latest(str(folder / "checkpoints")))
     assert not folder_of(tmp_path, 1).exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The data of a continued run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of ten images of each of two classes, and a run of four steps on it."""
+    for i in range(20):
+        write_image(tmp_path / "home" / "images" / ("cat", "dog")[i % 2] / f"{i}.png", size=(8, 8), seed=i)
+    train_on(tmp_path / "home" / "images", tmp_path)
+    return tmp_path / "home" / "images"
+
+
+PICTURES = [*SMALL[SMALL.index("--image-size") :], "--ckpt-every", 2, "--sample-every", 0]
+
+
+def train_on(path, results, *argv):
+    run(*PICTURES, "--data-path", path, "--results-dir", results, "--max-steps", 4, *argv)
+
+
+def trained(results, number=0):
+    """The step of a run's last checkpoint, and what it keeps of the data."""
+    found = checkpoint.load(checkpoint.latest(str(folder_of(results, number) / "checkpoints"))).contents
+    return found["step"], found["config"]["data"]
+
+
+def interrupt(results):
+    """Make a finished run one that was killed after step 2."""
+    os.remove(folder_of(results) / ".finished")
+    os.remove(folder_of(results) / "checkpoints" / "0000004.pt")
+
+
+def test_changed_classes_are_refused(pictures, tmp_path, capsys):
+    (pictures / "cat").rename(pictures / "fox")  # the labels of both change
+    interrupt(tmp_path)
+    for more in ([], ["--resume", folder_of(tmp_path)], ["--allow-changed-data"]):
+        with pytest.raises(SystemExit):
+            train_on(pictures, tmp_path, *more)
+        message = capsys.readouterr().err
+        assert f"--data-path {pictures}: has other classes than {folder_of(tmp_path)}" in message
+        assert "label 0 is 'dog', and was 'cat'; give the run's own data" in message
+    assert trained(tmp_path)[0] == 2 and not folder_of(tmp_path, 1).exists()
+    train_on(pictures, tmp_path, "--resume", "never")
+    assert trained(tmp_path, 1)[1]["classes"] == ["dog", "fox"]
+
+
+@pytest.mark.parametrize("change", ["add", "rename"])
+def test_changed_images_are_refused_unless_asked_for(pictures, tmp_path, capsys, change):
+    interrupt(tmp_path)
+    if change == "add":
+        for i in range(5):
+            write_image(pictures / "cat" / f"new-{i}.png", size=(8, 8))
+    else:
+        (pictures / "cat" / "0.png").rename(pictures / "cat" / "99.png")
+    count = 25 if change == "add" else 20
+    with pytest.raises(SystemExit):
+        train_on(pictures, tmp_path)
+    message = capsys.readouterr().err
+    assert "holds other images than" in message
+    assert f"({count}; were 20); give --allow-changed-data" in message
+    train_on(pictures, tmp_path, "--allow-changed-data")
+    log = (folder_of(tmp_path) / "log.txt").read_text()
+    assert "Continuing after step 2" in log and f"; now {count} images, others (was 20)" in log
+    assert trained(tmp_path)[0] == 4 and trained(tmp_path)[1]["count"] == count
+    train_on(pictures, tmp_path, "--resume", folder_of(tmp_path))  # on the data that it has by now
+
+
+def test_a_relative_path_is_the_same_data_from_anywhere(pictures, tmp_path, monkeypatch):
+    write_image(tmp_path / "elsewhere" / "images" / "cat" / "0.png", size=(8, 8))
+    os.system(f"cp -r {pictures}/* {tmp_path}/elsewhere/images")
+    results = tmp_path / "relative"
+    monkeypatch.chdir(tmp_path / "home")
+    train_on("images", results)
+    assert trained(results)[1]["dataset"] == str(pictures)
+    assert json.loads((folder_of(results) / "args.json").read_text())["data_path"] == str(pictures)
+    interrupt(results)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_on("images", results)  # another data set, of the same name
+    assert trained(results)[0] == 2 and trained(results, 1)[0] == 4
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    train_on("../link/images", results)
+    assert trained(results)[0] == 4 and not folder_of(results, 2).exists()
+
+
+def test_runs_of_earlier_versions_go_on(pictures, tmp_path, monkeypatch, capsys):
+    """They kept relative paths, and no fingerprint; their classes count nonetheless."""
+    interrupt(tmp_path)
+    path, settings = folder_of(tmp_path) / "checkpoints" / "0000002.pt", folder_of(tmp_path) / "args.json"
+    found = checkpoint.load(str(path)).contents
+    found["config"]["data"] = dict(dataset="images", image_size=8, classes=["cat", "dog"])
+    found["args"]["data_path"] = "images"
+    checkpoint.save(str(path), found)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "data_path": "images"}))
+    monkeypatch.chdir(tmp_path / "home")
+    (pictures / "cat").rename(pictures / "fox")
+    with pytest.raises(SystemExit):
+        train_on("images", tmp_path)
+    assert "label 0 is 'dog', and was 'cat'" in capsys.readouterr().err
+    (pictures / "fox").rename(pictures / "cat")
+    train_on("images", tmp_path)
+    assert trained(tmp_path)[0] == 4 and not folder_of(tmp_path, 1).exists()
 
 
 def test_retention_does_not_count_damaged_checkpoints(tmp_path):
