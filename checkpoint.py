@@ -102,13 +102,15 @@ def latest(folder):
 
 
 def set_aside(folder, step):
-    """Rename the checkpoints after a step, damaged or no longer wanted, so that nothing counts them."""
-    for name in _names(folder):
-        if step_of(name) > step:
-            aside = os.path.join(folder, f"{name}.unused")
-            if os.path.isdir(aside):  # of an earlier time; a file is replaced, a folder is not
-                _remove(aside)
-            os.replace(os.path.join(folder, name), aside)
+    """Rename the checkpoints after a step, damaged or no longer wanted, so that nothing counts them; returns
+    their names."""
+    later = [name for name in _names(folder) if step_of(name) > step]
+    for name in later:
+        aside = os.path.join(folder, f"{name}.unused")
+        if os.path.isdir(aside):  # of an earlier time; a file is replaced, a folder is not
+            _remove(aside)
+        os.replace(os.path.join(folder, name), aside)
+    return later
 
 
 def retain(folder, count):

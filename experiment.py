@@ -16,13 +16,14 @@ import math
 import os
 import re
 import resource
+import secrets
 import time
 
 import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
-from runtime import UserError, identify, is_gone, whole_file
+from runtime import UserError, identify, is_gone, reason_of, whole_file
 
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
@@ -38,6 +39,7 @@ FINISHED = ".finished"  # an empty file in the folder of a run that reached its 
 
 OWNER = ".owner"  # which process holds the folder, or held it last
 JOB = ".job"  # which torchrun agents' processes last began or continued the run
+WANDB_ID = ".wandb-id"  # holds the id of the run's run at W&B, which a continued one goes on with
 
 # How long a run waits for what a dead one left; a loader's worker notices within 5 s:
 LEFTOVER_SECONDS = 30
@@ -61,7 +63,7 @@ class Experiment:
 
     def __init__(self, args, agents=()):
         self.resumed, self.lock, self.agents = None, None, sorted({*agents} - {None})
-        try:
+        with refusing(args):
             os.makedirs(args.results_dir, exist_ok=True)
             if args.resume == "auto":
                 self.folder = self._find_restarted(args) or self._find_unfinished(args)
@@ -69,23 +71,28 @@ class Experiment:
                 self.folder = self._find_restarted(args)
             else:
                 self.folder, self.resumed = self._given(args)
+            self.goes_back = self.resumed is not None
             if self.folder is None:
                 self.folder = self._create(args)
             else:
                 self.resumed = self.resumed or checkpoint.latest(self.checkpoints)
-        except OSError as error:
-            raise UserError(
-                f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
-            ) from error
 
     def go_on(self, args):
-        """Make the folder that of a run which goes on from `resumed`, with these options."""
-        checkpoint.retain(self.checkpoints, 0)
-        checkpoint.set_aside(self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0)
-        self._write_settings(args)
-        write_note(self.folder, JOB, self.agents)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(self.folder, FINISHED))
+        """Make the folder that of a run which goes on from `resumed`, with these options. UserError where it
+        cannot be written to."""
+        with refusing(args):
+            checkpoint.retain(self.checkpoints, 0)
+            later = checkpoint.set_aside(
+                self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0
+            )
+            self._write_settings(args)
+            write_note(self.folder, JOB, self.agents)
+            unwanted = [FINISHED]
+            if later and self.goes_back:  # W&B cannot go back: its run ends there, and another begins
+                unwanted.append(WANDB_ID)
+            for name in unwanted:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.folder, name))
 
     @property
     def checkpoints(self):
@@ -101,6 +108,11 @@ class Experiment:
     def picture_path(self, step, cfg_scale=None):
         scale = "" if cfg_scale is None else f"-cfg-{cfg_scale}"
         return os.path.join(self.folder, "samples", f"{step:07d}{scale}.png")
+
+    def has_pictures(self, step, args):
+        """Whether all pictures of a step are there."""
+        scales = args.sample_cfg_scales or [None]
+        return all(os.path.exists(self.picture_path(step, scale)) for scale in scales)
 
     def _acquire(self, folder):
         """Whether the folder is now this run's, that is no living run's.
@@ -207,6 +219,17 @@ class Experiment:
         self.lock.release()
 
 
+@contextlib.contextmanager
+def refusing(args):
+    """Turn a failure to write into a UserError that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
+        ) from error
+
+
 def numbered_runs(results_dir):
     """{name: number} of what stands in a --results-dir under a name that begins with a number."""
     matches = map(re.compile(r"\d+").match, os.listdir(results_dir))
@@ -293,19 +316,25 @@ class Best:
 
 class Metrics:
     """Where a run's numbers go: metrics.jsonl, TensorBoard where it is installed, W&B where
-    asked."""
+    asked. Only the main process has one.
 
-    def __init__(self, folder, *, start_step, use_wandb=False, settings=None):
-        self.path = os.path.join(folder, "metrics.jsonl")
-        self._drop_after(start_step)
+    names     of the numbers that stand there for start_step
+    tolerate  a Tolerance: what cannot be written is left out
+    """
+
+    def __init__(self, folder, *, start_step, tolerate, use_wandb=False, settings=None):
+        self.path, self.tolerate, self.names = os.path.join(folder, "metrics.jsonl"), tolerate, set()
+        with tolerate(self.path):
+            self._drop_after(start_step)
         self.tensorboard = self.wandb = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start_step + 1)
+            with tolerate("TensorBoard", Exception):
+                path = os.path.join(folder, "tensorboard")
+                self.tensorboard = SummaryWriter(path, purge_step=start_step + 1)
         if use_wandb:
-            wandb = import_wandb()
-            self.wandb = wandb.init(project="DiT", name=os.path.basename(folder), dir=folder, config=settings)
+            self._start_wandb(folder, settings, start_step)
 
     def _drop_after(self, step):
         """Forget what an interrupted run wrote after the checkpoint that it continues from."""
@@ -314,30 +343,69 @@ class Metrics:
         kept = []
         with open(self.path) as file:
             for line in file:
-                try:
-                    if json.loads(line)["step"] <= step:
+                with contextlib.suppress(json.JSONDecodeError):  # a line that was never finished
+                    row = json.loads(line)
+                    if row["step"] <= step:
                         kept.append(line)
-                except json.JSONDecodeError:  # the end of a line that was never finished
-                    break
+                    if row["step"] == step:
+                        self.names |= row.keys()
         with whole_file(self.path) as file:
             file.writelines(kept)
 
+    def _start_wandb(self, folder, settings, start_step):
+        """Begin a run of W&B, or go on with this folder's."""
+        wandb, path = import_wandb(), os.path.join(folder, WANDB_ID)
+        try:
+            if not os.path.exists(path):
+                with whole_file(path) as file:
+                    file.write(secrets.token_hex(4))
+            with open(path) as file:
+                run_id = file.read()
+            self.wandb = wandb.init(
+                project="DiT", name=os.path.basename(folder), dir=folder, config=settings, id=run_id,
+                resume="allow", allow_val_change=True,
+            )  # fmt: skip
+        except Exception as error:  # of W&B's own kinds
+            if not start_step:  # a run that has begun goes on without
+                raise UserError(f"--wandb: did not start ({reason_of(error)}); leave it out") from error
+            self.tolerate.warn("Weights & Biases", error)
+
     def write(self, step, **numbers):
         """Add a row for a step."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(dict(step=step, **numbers)) + "\n")
-        for name, value in numbers.items():
-            if self.tensorboard is not None:
-                self.tensorboard.add_scalar(name, value, step)
+        with self.tolerate(self.path):
+            self._append(json.dumps(dict(step=step, **numbers)) + "\n")
+        if self.tensorboard is not None:
+            writer, self.tensorboard = self.tensorboard, None  # not to be tried again if it fails
+            with self.tolerate("TensorBoard", Exception):
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+                self.tensorboard = writer
         if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+            run, self.wandb = self.wandb, None
+            with self.tolerate("Weights & Biases", Exception):
+                run.log(numbers, step=step)
+                self.wandb = run
+
+    def _append(self, line):
+        """Add a line to metrics.jsonl, or nothing of it."""
+        with open(self.path, "ab", buffering=0) as file:
+            size, data = file.tell(), line.encode()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def close(self):
         """Flush what is not written yet."""
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self.tolerate("TensorBoard", Exception):
+                self.tensorboard.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            with self.tolerate("Weights & Biases", Exception):
+                self.wandb.finish()
 
 
 class Meter:
@@ -382,11 +450,27 @@ class Meter:
             sums={name: total.cpu() for name, total in self.sums.items()},
         )
 
-    def load_state_dict(self, state, device):
-        """Take up what state_dict gave."""
+    def load_state_dicts(self, states, processes):
+        """Take up what state_dict gave on every process that there was, or this process's share of it where
+        there are others now."""
+        if len(states) == processes.world_size:
+            state = states[processes.rank]
+        else:
+            state = self._share(states, processes)
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.restored = self.steps
-        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self.sums = {name: total.to(processes.device) for name, total in state["sums"].items()}
+
+    @staticmethod
+    def _share(states, processes):
+        """A state that, the same on every process, has read give the same as these states together."""
+        sums = {name: sum(state["sums"][name] for state in states) for name in states[0]["sums"]}
+        # Means over a process's images are averaged; what is counted of its images is divided among the new
+        # processes, as the images are from now on:
+        for name, total in sums.items():
+            sums[name] = total / (processes.world_size if name.startswith("quarter_") else len(states))
+        skipped = sum(state["skipped"] for state in states) if processes.is_main else 0
+        return dict(steps=states[0]["steps"], skipped=skipped, sums=sums)
 
 
 def memory_gib(device):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from runtime import UserError
+from runtime import UserError, whole_file
 
 
 def to_unit(x):
@@ -24,9 +24,11 @@ def to_uint8(x):
 
 
 def save_grid(images, path, nrow):
-    """Write images (N, C, H, W) in [0, 1] as one PNG, nrow a row; tiny ones enlarged for the eye."""
+    """Write images (N, C, H, W) in [0, 1] as one PNG, whole or not at all, nrow a row; tiny ones enlarged for
+    the eye."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    _grid(images, nrow).save(path)
+    with whole_file(path, "wb") as file:
+        _grid(images, nrow).save(file, "PNG")
 
 
 def save_gif(trajectory, path, nrow):

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -87,6 +88,80 @@ def _remove_abandoned(path):
             os.remove(temporary)
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, a GPU's or the machine's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # What torch raises elsewhere, for the machine's memory above all, has no class of its own:
+    signs = ("can't allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+class Tolerance:
+    """Lets a run go on where something beside the training fails, such as a picture or a line of its log:
+    `with tolerate("picture"): …`. The first failure of each name is a warning, the later ones are silent."""
+
+    def __init__(self, logger):
+        self.logger, self.warned = logger, set()
+
+    @contextlib.contextmanager
+    def __call__(self, name, errors=OSError):
+        """errors: the classes of exceptions to tolerate, beside those that say that memory ran out."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, errors) and not out_of_memory(error):
+                raise
+            self.warn(name, error)
+
+    def warn(self, name, error):
+        """Log that something failed, once for each name."""
+        if name not in self.warned:
+            self.warned.add(name)
+            self.logger.warning(
+                f"Warning: {name}: {reason_of(error)}; training goes on, and this is said once only"
+            )
+
+
+def reason_of(error):
+    """Why something failed, in one line."""
+    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Lasting:
+    """A standard stream that outlives its reader: what is written once `tee`, say, has ended is lost, and
+    ends nothing."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with self._lasting():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self._lasting():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _lasting(self):
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+        except OSError:  # a full disk, which may have room again
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage, which --help shows."""
 
@@ -133,8 +208,10 @@ def float_above(low):
 def launch(main, parser):
     """Run main(args) as a command: exit code 0, or 2 and one line on standard error for a UserError."""
     args = parser.parse_args()
+    streams = redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr))
     try:
-        main(args)
+        with streams[0], streams[1]:
+            main(args)
     except UserError as error:
         # An error from a data-loading worker carries that worker's traceback; its last line is the message.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
@@ -217,6 +294,21 @@ class Processes:
                     f"{flag} {folder}: process {rank}, on {host}, does not see what process 0, on"
                     f" {found[0][1]}, writes there; give a folder that all machines share, by the same path"
                 )
+
+    def all_or_none(self, call):
+        """What call() gives here; where it runs out of memory on any process, MemoryError on all of them, so
+        that they stay in step. Every process calls it."""
+        result, problem = None, None
+        try:
+            result = call()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            problem = reason_of(error)
+        problems = [problem for problem in self.gather(problem) if problem]
+        if problems:
+            raise MemoryError(problems[0])
+        return result
 
     def mean(self, value):
         """The mean over all processes of a tensor; every process calls it and gets it."""
@@ -451,6 +543,31 @@ class _ThroughTqdm(logging.StreamHandler):
         sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """Writes to a file as long as that can be written to; where not, says so once, on the terminal."""
+
+    def __init__(self, path, others):
+        super().__init__(path, delay=True)
+        self.others, self.warned = others, False
+
+    def emit(self, record):
+        try:
+            super().emit(record)
+        except OSError:  # it could not be opened
+            self.handleError(record)
+
+    def handleError(self, record):
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.warned:
+            self.warned = True
+            text = f"Warning: {self.baseFilename}: {reason_of(error)}; the log is on the terminal alone"
+            warning = logging.LogRecord(record.name, logging.WARNING, "", 0, text, None, None)
+            for handler in self.others:
+                handler.handle(warning)
+
+
 def create_logger(folder=None, enabled=True):
     """A logger to the terminal and, with a folder, to its log.txt; silent where not enabled (all ranks but
     one)."""
@@ -463,7 +580,7 @@ def create_logger(folder=None, enabled=True):
         return logger
     handlers = [_ThroughTqdm()]
     if folder is not None:
-        handlers.append(logging.FileHandler(os.path.join(folder, "log.txt")))
+        handlers.append(_LogFile(os.path.join(folder, "log.txt"), others=handlers[:1]))
         handlers[1].setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     for handler in handlers:
         logger.addHandler(handler)

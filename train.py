@@ -41,6 +41,7 @@ from runtime import (
     EVALUATION,
     STEP,
     StopRequest,
+    Tolerance,
     UserError,
     create_logger,
     fold_seed,
@@ -121,6 +122,7 @@ def main(args):
     # Find the run to continue, or make a folder:
     experiment, folder, resume_path = find_run(args, processes)
     logger = create_logger(folder, enabled=processes.is_main)
+    tolerate = Tolerance(logger)
     logger.info(f"Experiment directory {'found' if resume_path else 'created'} at {folder}")
 
     # Build the model, its average and the optimiser:
@@ -161,34 +163,55 @@ def main(args):
             state = dict(plain, model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict())
             written = processes.on_main(write_checkpoint, experiment, step, state)
         if processes.is_main:
-            checkpoint.retain(experiment.checkpoints, args.keep_checkpoints)
+            with tolerate("--keep-checkpoints"):
+                checkpoint.retain(experiment.checkpoints, args.keep_checkpoints)
             logger.info(f"Saved checkpoint to {written}")
         return written
 
     def sample(step):
-        averaged = sharding.gather_copy(ema, device) if args.shard else ema
-        sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
-        for scale in args.sample_cfg_scales or [None]:
-            images, frames, rows = sample_grid(sampler, args.global_seed, scale, args.sample_gif, processes)
-            if processes.is_main:
-                path = experiment.picture_path(step, scale)
-                if frames is not None:
-                    save_gif(frames, path.replace(".png", ".gif"), nrow=10)
-                save_grid(images, path, nrow=10)
-                logger.info(f"Samples{rows}: {path}")
+        with tolerate("pictures"):  # where memory runs out, which is known to all
+            averaged = ema
+            if args.shard:
+                averaged = processes.all_or_none(lambda: sharding.gather_copy(ema, device))
+            sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
+            for scale in args.sample_cfg_scales or [None]:
+                pictures = sample_grid(sampler, args.global_seed, scale, args.sample_gif, processes)
+                if processes.is_main:
+                    with tolerate("pictures"):
+                        path = experiment.picture_path(step, scale)
+                        rows = save_pictures(*pictures, path)
+                        logger.info(f"Samples{rows}: {path}")
 
     def compute_fid(step):
         averaged = sharding.gather_copy(ema, device) if args.shard else ema
         value = fid(Sampler(averaged, process, autoencoder, device, fid.sampling))
         contents = dict(ema=averaged.state_dict(), args=vars(args), step=step, config=config)
-        kept = processes.on_main(lambda: best.offer(value, contents))
+        kept = False
+        if processes.is_main:
+            with tolerate(best.path, UserError):  # a numbered checkpoint that cannot be written stops the run
+                kept = best.offer(value, contents)
         logger.info(f"(step={step:07d}) {fid.name}: {value:.4f}" + (", the best so far" if kept else ""))
         return {fid.name: value}
 
+    def measure(step):
+        loss = evaluate(process, ema, autoencoder, held_out, args, processes)
+        logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
+        fids = compute_fid(step) if fid else {}
+        if processes.is_main:
+            metrics.write(step, eval_loss=loss, **fids)
+
     # Train:
     metrics = best = None
+
+    def open_metrics():
+        nonlocal metrics
+        settings = vars(args)
+        metrics = Metrics(
+            folder, start_step=start, tolerate=tolerate, use_wandb=args.wandb, settings=settings
+        )
+
+    processes.on_main(open_metrics)
     if processes.is_main:
-        metrics = Metrics(folder, start_step=start, use_wandb=args.wandb, settings=vars(args))
         best = Best(experiment, fid.settings, start) if fid else None
     order = BatchOrder(
         training_set, args.global_batch_size, rank=processes.rank, world_size=world_size,
@@ -204,6 +227,12 @@ def main(args):
         dynamic_ncols=True,
     )  # fmt: skip
     with bar, contextlib.closing(batches):
+        # What was due at the step that is gone on from, and was cut off:
+        made = processes.on_main(lambda: (metrics.names, experiment.has_pictures(start, args)))
+        if start and args.eval_every and start % args.eval_every == 0 and "eval_loss" not in made[0]:
+            measure(start)
+        if args.sample_every and 0 < start < total and start % args.sample_every == 0 and not made[1]:
+            sample(start)
         for step, (images, labels, problems) in enumerate(batches, start=start + 1):
             signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
             done = None
@@ -227,11 +256,7 @@ def main(args):
                 if processes.is_main:
                     report(means, norm, step, total, share, args, device, metrics, logger, bar)
             if args.eval_every and step % args.eval_every == 0:
-                loss = evaluate(process, ema, autoencoder, held_out, args, processes)
-                logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
-                fids = compute_fid(step) if fid else {}
-                if processes.is_main:
-                    metrics.write(step, eval_loss=loss, **fids)
+                measure(step)
             if step % args.ckpt_every == 0 and step < total:
                 path, saved = save(step), step
             if args.sample_every and step % args.sample_every == 0 and step < total:
@@ -246,7 +271,8 @@ def main(args):
         sample(total)
     leave_group()
     if processes.is_main:
-        experiment.finish()
+        with tolerate(folder):
+            experiment.finish()
         python = "uv run" if "UV" in os.environ else "python"
         labels = " --class-labels 0 1 2 3 4 5 6 7 8 9" if model.num_classes == 10 else ""
         logger.info(f"More of them: {python} sample.py --ckpt {path}{labels}")
@@ -451,8 +477,8 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64
 def sample_grid(sampler, seed, cfg_scale, gif, processes):
     """Samples, a row of ten a class of at most ten, evenly spread, each process making an equal part of them.
 
-    Returns, on the main process, images (N, C, H, W), and how they came out of the noise (F, N, C, H, W), or
-    None without gif; on the others None twice. And in words what the rows are.
+    Returns, on the main process, images (N, C, H, W), how they came out of the noise, a list of the same or
+    None without gif, and the classes of the rows. Raises MemoryError on all where one lacks memory.
     """
     classes = sampler.model.num_classes
     shown = sorted({round(i * (classes - 1) / 9) for i in range(10)}) if classes else []
@@ -461,16 +487,26 @@ def sample_grid(sampler, seed, cfg_scale, gif, processes):
     start, stop = share_of(count, 1, processes)
     # Where there are more processes than samples, those without one make the first, and it is not taken:
     mine = range(start, stop) or range(1)
-    images = sampler.sample(
-        [labels[i] for i in mine] if classes else len(mine), seeds=seed + mine.start, cfg_scale=cfg_scale,
-        return_trajectory=gif, progress=processes.is_main,
+    images = processes.all_or_none(
+        lambda: sampler.sample(
+            [labels[i] for i in mine] if classes else len(mine), seeds=seed + mine.start, cfg_scale=cfg_scale,
+            return_trajectory=gif, progress=processes.is_main,
+        )
     )  # fmt: skip
     images, frames = images if gif else (images, None)
     images = processes.join_rows(images[: stop - start])
-    if gif:
-        frames = processes.join_rows(frames.transpose(0, 1)[: stop - start].contiguous())
-        frames = frames.transpose(0, 1) if processes.is_main else None
-    return images, frames, f" of classes {', '.join(map(str, shown))} (rows)" if classes else ""
+    if gif:  # one at a time, for the sake of a GPU's memory
+        frames = [processes.join_rows(frame[: stop - start]) for frame in frames]
+    return images, frames, shown
+
+
+def save_pictures(images, frames, shown, path):
+    """Write what sample_grid gave the main process, a PNG, and a GIF if there are frames; returns in words
+    what the rows are."""
+    if frames is not None:
+        save_gif(frames, path.replace(".png", ".gif"), nrow=10)
+    save_grid(images, path, nrow=10)
+    return f" of classes {', '.join(map(str, shown))} (rows)" if shown else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -557,9 +593,7 @@ def restore(path, args, config, total, trainer, meter):
         for group in trainer.optimizer.param_groups:  # as given now, should it differ
             group["weight_decay"] = args.weight_decay
     trainer.timestep_sampler.load_state_dict(contents["timestep_sampler"])
-    windows = contents["meter"]
-    if len(windows) == processes.world_size:
-        meter.load_state_dict(windows[processes.rank], processes.device)
+    meter.load_state_dicts(contents["meter"], processes)
     return contents["step"], changes
 
 
