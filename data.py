@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from runtime import HOLD_OUT, ORDER, Processes, UserError, generator_for
 
 DIGITS = Path(__file__).resolve().parent / "assets" / "digits.npz"
+# What counts as an image, by its name: torchvision's list, whose import takes seconds.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Up to this many files are looked at before training; of more, as many, evenly spread:
 CHECKED_FILES = 10_000
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -298,6 +298,7 @@ def load_cifar10(root, dry_run=False):
 
     dry_run: nothing is downloaded; where they are not there, black images stand in for them.
     """
+    import torchvision  # here, since importing it takes seconds
     from filelock import FileLock
 
     root = root or "data"

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import center_crop_arr, is_image, open_image, share_to_check
+from data import IMG_EXTENSIONS, center_crop_arr, is_image, open_image, share_to_check
 from runtime import UserError, whole_file
 
 # What np.load and zipfile raise for a file that is damaged or something else:

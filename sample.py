@@ -13,6 +13,7 @@ From the published weights, fetched on first use; classes by name, few steps, an
 import os
 from itertools import cycle, islice
 
+from data import is_image
 from images import make_folder, save_gif, save_grid, save_image, to_uint8
 from labels import class_names, resolve_labels
 from runtime import Parser, UserError, launch, set_precision, start_processes
@@ -110,8 +111,6 @@ def check_out(folder, count):
     had more, and that whoever reads the folder would take for this one's."""
     if not os.path.isdir(folder):
         return
-    from data import is_image  # imported here, since torchvision takes seconds
-
     mine = {file_name(i) for i in range(count)}
     with os.scandir(folder) as entries:
         others = sorted(entry.name for entry in entries if entry.name not in mine and is_image(entry))

@@ -9,6 +9,9 @@ writes its own shards, as safetensors, so that no checkpoint holds code:
         sizes.json                   the length of every file
 
 `python checkpoint.py export --ckpt checkpoints/0050000 --out 0050000.pt` makes the ordinary file of it.
+
+torch's sharding and distributed checkpoints are imported where they are used, since importing them takes
+seconds, and most commands need neither.
 """
 
 import contextlib
@@ -18,9 +21,6 @@ import shutil
 import warnings
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 
 from models import DiT
 from runtime import UserError
@@ -31,6 +31,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def shard(model):
     """Shard a model's weights over all processes, block by block, in place."""
+    from torch.distributed.fsdp import fully_shard
+
     for block in model.blocks:
         fully_shard(block)
     # The rest too gives its memory back after a forward pass that no backward one follows, the average's:
@@ -39,6 +41,8 @@ def shard(model):
 
 def gather_copy(model, device):
     """The whole model, plain, on every process's device; every process calls it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.device("meta"):
         copy = DiT(**model.config)
@@ -75,6 +79,8 @@ def save(path, model, ema, optimizer, plain, processes):
 
     Raises UserError, on every process, where it cannot be written.
     """
+    import torch.distributed.checkpoint as dcp
+
     temporary = f"{path}.tmp"
 
     def begin():
@@ -109,9 +115,11 @@ def save(path, model, ema, optimizer, plain, processes):
 @contextlib.contextmanager
 def _refusing(path):
     """Turn what a full disk makes torch raise into a UserError."""
+    from torch.distributed.checkpoint import CheckpointException
+
     try:
         yield
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: could not be written ({reason}); earlier checkpoints stand; make room and run the same"
@@ -131,6 +139,8 @@ def is_whole(path):
 
 def restore(path, model, ema, optimizer, step):
     """Load shards into a sharded model, its average and its optimiser, of any number of processes."""
+    import torch.distributed.checkpoint as dcp
+
     tensors = collect(model, ema, optimizer)
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path))
     for parameter in model.parameters():
@@ -143,6 +153,8 @@ def load_whole(path, trainable):
 
     trainable(config): the names of a model's trained parameters, in the order of its optimiser.
     """
+    import torch.distributed.checkpoint as dcp
+
     plain = torch.load(os.path.join(path, PLAIN), map_location="cpu", weights_only=True)
     reader = dcp.HuggingFaceStorageReader(path)
     tensors = {

@@ -368,3 +368,9 @@ def test_only_a_share_of_a_large_folder_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHECKED_FILES", 3)
     with pytest.raises(UserError, match="19.png"):  # the first, a middle one and the last
         open_dataset("folder", str(tmp_path), 8)
+
+
+def test_image_names_are_torchvision_s():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert set(data.IMG_EXTENSIONS) == set(IMG_EXTENSIONS)
