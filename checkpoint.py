@@ -39,7 +39,7 @@ from diffusion import create_flow
 from download import find_file
 from interchange import is_diffusers, load_diffusers, save_diffusers
 from models import DiT, DiT_models
-from runtime import Parser, UserError, launch, whole_file
+from runtime import Parser, UserError, is_utf8, launch, whole_file
 
 
 def save(path, contents):
@@ -190,6 +190,8 @@ def load(path, flag="--ckpt"):
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file")
     if str(path).endswith(".safetensors"):
+        if not is_utf8(path):
+            raise UserError(f"{flag} {path}: safetensors reads names in UTF-8 only; rename it")
         contents = _load_safetensors(path, flag)
     else:
         contents = _load_pickle(path, flag)
@@ -230,7 +232,8 @@ def _load_pickle(path, flag):
     try:
         # The published training script saved its options as a Namespace, which holds nothing but data:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            mmap = zipfile.is_zipfile(path) and is_utf8(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # what a file that is no pickle makes the unpickler raise has no common class

@@ -162,6 +162,11 @@ class Lasting:
         return getattr(self.stream, name)
 
 
+def is_utf8(path):
+    """Whether a path is UTF-8, as torch's memory maps and safetensors demand."""
+    return not any("\udc80" <= character <= "\udcff" for character in str(path))
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage, which --help shows."""
 
@@ -207,6 +212,9 @@ def float_above(low):
 
 def launch(main, parser):
     """Run main(args) as a command: exit code 0, or 2 and one line on standard error for a UserError."""
+    for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args()
     streams = redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr))
     try:
@@ -547,7 +555,7 @@ class _LogFile(logging.FileHandler):
     """Writes to a file as long as that can be written to; where not, says so once, on the terminal."""
 
     def __init__(self, path, others):
-        super().__init__(path, delay=True)
+        super().__init__(path, delay=True, errors="backslashreplace")
         self.others, self.warned = others, False
 
     def emit(self, record):

@@ -14,7 +14,7 @@ from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from experiment import import_wandb, resolve_paths
 from inception import add_inception_arguments, read_fid_reference, read_weights
 from models import BLOCKS, FFNS, POS_EMBEDS, DiT, DiT_models, count_macs
-from runtime import Parser, UserError, add_precision_argument, blame
+from runtime import Parser, UserError, add_precision_argument, blame, is_utf8
 from sampler import (
     DEFAULTS,
     FID_CFG_SCALE,
@@ -84,6 +84,7 @@ def check_options(args):
     _require(args, "max_steps", args.max_steps is None or args.max_steps >= 1, "must be at least 1")
     _require(args, "num_classes", args.num_classes is None or args.num_classes >= 0, "must be 0 or more")
     _require(args, "lr", args.lr > 0, "must be more than 0")
+    _require(args, "results_dir", is_utf8(args.results_dir) or not args.shard, "--shard needs a UTF-8 name")
     _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
     _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
     check_objective(args)

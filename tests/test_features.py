@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from test_autoencoder import save_vae
 from test_data import write_image
 from test_train import run
 
+import checkpoint
 import extract_features
+import sample
 from autoencoder import load_autoencoder
-from data import MANIFEST, LatentCache, open_dataset
+from data import ALONE, MANIFEST, FolderImages, LatentCache, open_dataset
 from download import sha256_of
 from extract_features import shard_size
 from runtime import UserError, launch
@@ -156,6 +159,50 @@ def test_a_run_is_not_continued_on_another_cache(source, cache, tmp_path, capsys
         run(*again)
     assert f"--feature-path {tmp_path}/cache: holds other images than" in capsys.readouterr().err
     run(*again, "--allow-changed-data")
+
+
+def test_file_names_of_any_bytes(source, tmp_path, monkeypatch, capsys):
+    """Of the folder, the class and the image: trained on, continued, sampled by name, cached, and refused."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/data\xff")
+    for name in (b"/caf\xe9/im\xfe.png", b"/caf\xe9/2.png", b"/the/1.png"):
+        write_image(Path(os.fsdecode(os.fsencode(folder) + name)), size=(16, 16))
+    monkeypatch.chdir(tmp_path)
+    argv = [*train(source), "--vae", "none", "--global-batch-size", 2,
+            "--data-path", folder, "--results-dir", folder + "/../results\udcff"]  # fmt: skip
+    run(*argv, "--max-steps", 1)
+    ckpt = f"{tmp_path}/results\udcff/000-DiT-S-2"
+    run(*argv, "--max-steps", 2, "--resume", ckpt)
+    assert f"images ({tmp_path}/data\\udcff)" in capsys.readouterr().out
+
+    def command(module, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        launch(module.main, module.build_parser())
+        return capsys.readouterr().out
+
+    ckpt += "/checkpoints/0000002.pt"
+    sampled = command(sample, "--ckpt", ckpt, "--class-labels", "caf\udce9", "--num-sampling-steps", 2)
+    assert "labels [0] (caf\\udce9)" in sampled
+    command(checkpoint, "export", "--ckpt", ckpt, "--out", "out.safetensors")
+    assert checkpoint.load("out.safetensors").config["data"]["classes"] == ["caf\udce9", "the"]
+    os.rename("out.safetensors", "out\udcff.safetensors")
+    with pytest.raises(UserError, match="safetensors reads names in UTF-8 only; rename it"):
+        checkpoint.load("out\udcff.safetensors")
+    extract = [*arguments(source, folder + "/../features\udcff"), "--data-path", folder]
+    assert "Encoded 3 images" in command(extract_features, *extract)
+    assert LatentCache(f"{tmp_path}/features\udcff").classes == ["caf\udce9", "the"]
+    Path(folder, "caf\udce9", "im\udcfe.png").write_bytes(b"junk")
+    with pytest.raises(SystemExit):
+        command(extract_features, *extract)
+    assert "im\\udcfe.png: cannot be read as an image" in capsys.readouterr().err
+
+
+def test_caches_of_earlier_versions_keep_their_fingerprint(tmp_path):
+    for name, size in (("a/1.png", 5), ("a/é.png", 3), ("b/in/1.png", 0)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    found = extract_features.fingerprint(FolderImages(str(tmp_path), 16).samples, ALONE)
+    # By the first version of extract_features.py:
+    assert found == "4808c9b5cb67e4a329695f9e930c977cc0573c05ba69934fafeccae072636217"
 
 
 def test_damaged_caches(source, cache, tmp_path):
