@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from runtime import UserError
+from runtime import UserError, torch_defaults
 
 # What --vae calls the two decoders that the paper's samples were made with:
 PUBLISHED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -169,4 +169,5 @@ def _load_autoencoder_kl(name):
         # Imported here, since it takes seconds that a pixel model need not wait:
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL.from_pretrained(name)
+        with torch_defaults():
+            return AutoencoderKL.from_pretrained(name)

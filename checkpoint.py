@@ -39,7 +39,7 @@ from diffusion import create_flow
 from download import find_file
 from interchange import is_diffusers, load_diffusers, save_diffusers
 from models import DiT, DiT_models
-from runtime import Parser, UserError, is_utf8, launch, whole_file
+from runtime import Parser, UserError, is_utf8, launch, torch_defaults, whole_file
 
 
 def save(path, contents):
@@ -178,6 +178,11 @@ class Checkpoint:
 def load(path, flag="--ckpt"):
     """Read a checkpoint into memory-mapped CPU tensors. Raises UserError, naming the flag, for anything
     else."""
+    with torch_defaults():
+        return _load(path, flag)
+
+
+def _load(path, flag):
     if os.path.isdir(path) and os.path.exists(os.path.join(path, sharding.PLAIN)):
         return _load_shards(path, flag)
     if os.path.isdir(path) and is_diffusers(path):
@@ -346,7 +351,7 @@ def build_model(config, state, path):
     """A DiT of this config with these weights, in evaluation mode; refused in one line where they do not
     fit."""
     with torch.device("meta"):  # no time lost on an initialisation that is overwritten
-        model = DiT(**config)
+        model = DiT(**config).float()  # whatever default dtype the caller has set
     model.to_empty(device="cpu")
     return load_weights(model, state, path).eval()
 

@@ -152,7 +152,9 @@ def compute_features(batches, share, network, processes, wanted, desc):
     moments = {
         kind: Moments(size, processes.device) for kind, size in network.sizes.items() if kind in wanted
     }
-    rows = torch.empty(stop - start, network.sizes["pooled"]) if "rows" in wanted else None
+    rows = None
+    if "rows" in wanted:
+        rows = torch.empty(stop - start, network.sizes["pooled"], dtype=torch.float32, device="cpu")
     mistake, filled = None, 0
     try:
         with tqdm(total=stop - start, desc=desc, unit="image", disable=not processes.is_main) as bar:

@@ -91,7 +91,8 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels, train, force_drop_ids=None):
         if force_drop_ids is None and train and self.dropout_prob > 0:
-            force_drop_ids = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+            draws = torch.rand(labels.shape[0], dtype=torch.float32, device=labels.device)
+            force_drop_ids = draws < self.dropout_prob
         if force_drop_ids is not None:
             labels = torch.where(force_drop_ids.bool(), self.num_classes, labels)
         return self.embedding_table(labels)
@@ -516,7 +517,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"x {tuple(x.shape)}: this model takes (N, {self.in_channels}, %d, %d)" % self.input_size
             )
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         x = self.registers(x)
         with disable_autocast(x):
             embeddings = [self.t_embedder(t)]  # each (N, D)

@@ -539,6 +539,18 @@ def fold_seed(seed):
     return (low + derive_seed(beyond)) % 2**32 if beyond else low
 
 
+@contextlib.contextmanager
+def torch_defaults():
+    """torch's own defaults, float32 on the CPU, for what is made inside, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 # ---------------------------------------------------------------------------------------------
 # Logging
 

@@ -27,7 +27,16 @@ from download import PRETRAINED_MODELS, find_file
 from graphs import Graphed
 from images import to_unit
 from models import DiT, DiT_models, null_label
-from runtime import LABEL, PRECISIONS, UserError, add_precision_argument, blame, derive_seed, fold_seed
+from runtime import (
+    LABEL,
+    PRECISIONS,
+    UserError,
+    add_precision_argument,
+    blame,
+    derive_seed,
+    fold_seed,
+    torch_defaults,
+)
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
 # samples guide three of the four latent channels; a model of another number of channels is guided whole.
@@ -52,19 +61,21 @@ class SampleNoise:
     def __init__(self, seeds, draws=DRAWS):
         self.seeds, self.draws = [int(seed) for seed in seeds], draws
         folded = [seed % 2**32 if draws == 1 else fold_seed(seed) for seed in self.seeds]
-        self.generators = [torch.Generator().manual_seed(seed) for seed in folded]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in folded]
 
     def labels(self, num_classes):
         """A random label a row, (N,)."""
         if self.draws == 1:
-            return torch.stack([torch.randint(num_classes, (), generator=g) for g in self.generators])
-        return torch.tensor([derive_seed(seed, LABEL) % num_classes for seed in self.seeds])
+            draws = [torch.randint(num_classes, (), generator=g, device="cpu") for g in self.generators]
+            return torch.stack(draws)
+        labels = [derive_seed(seed, LABEL) % num_classes for seed in self.seeds]
+        return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
     def randn(self, shape):
         """Normal noise (N, *shape), on the CPU."""
-        noise = torch.empty(len(self.generators), *shape)
+        noise = torch.empty(len(self.generators), *shape, dtype=torch.float32, device="cpu")
         for row, generator in zip(noise, self.generators):
-            torch.randn(shape, generator=generator, out=row)
+            row.normal_(generator=generator)
         return noise
 
     def randn_like(self, x):
@@ -85,17 +96,19 @@ class PublishedNoise:
         self.n, self.device = n, device
         self.generator = torch.Generator(device).manual_seed(seed)
         if device.type == "cpu":
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch_defaults():
                 torch.manual_seed(seed)
                 DiT(**model_config)
                 self.generator.set_state(torch.get_rng_state())
 
     def randn(self, shape):
-        return torch.randn(self.n, *shape, device=self.device, generator=self.generator)
+        return self._draw(self.n, *shape)
 
     def randn_like(self, x):
-        both = torch.randn(2 * self.n, *x.shape[1:], device=self.device, generator=self.generator)
-        return both[: self.n]
+        return self._draw(2 * self.n, *x.shape[1:])[: self.n]
+
+    def _draw(self, *shape):
+        return torch.randn(shape, dtype=torch.float32, device=self.device, generator=self.generator)
 
 
 class Sampler:
@@ -241,7 +254,8 @@ class Sampler:
             raise UserError("labels: this model was trained with every label given; name those of the images")
         shape = (len(images), self.model.in_channels, *self.model.input_size)
         images = images.to(self.device, torch.float32)
-        x = self.autoencoder.encode(images * 2 - 1, torch.zeros(shape, device=self.device))
+        noise = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        x = self.autoencoder.encode(images * 2 - 1, noise)
         clip = self.autoencoder.clip_denoised
         with self._evaluating():
             noise = self.process.invert(
@@ -315,7 +329,7 @@ class Sampler:
         if not self.model.num_classes:
             return {}
         labels = [self.model.null_label] * n if labels is None else labels
-        return dict(y=torch.tensor(labels, device=self.device))
+        return dict(y=torch.tensor(labels, dtype=torch.int64, device=self.device))
 
     @staticmethod
     def _settle_rows(n_or_labels, seeds):

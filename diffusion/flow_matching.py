@@ -157,16 +157,16 @@ class FlowMatching:
     def sample_t(self, n, device, generator=None):
         """Training times (n,) in [0, 1]."""
         if self.time_sampling == "uniform":
-            t = torch.rand(n, device=device, generator=generator)
+            t = torch.rand(n, dtype=torch.float32, device=device, generator=generator)
         else:
-            normal = torch.randn(n, device=device, generator=generator)
+            normal = torch.randn(n, dtype=torch.float32, device=device, generator=generator)
             t = torch.sigmoid(self.time_mean + self.time_std * normal)
         return self._shifted(t)
 
     def even_t(self, n, device):
         """Times (n,) for evaluation: uniform ones, whatever times the training draws, so that losses of runs
         with different time_sampling or shift can be compared."""
-        return (torch.arange(n, device=device) + 0.5) / n
+        return (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n
 
     def interpolate(self, x_start, noise, t):
         """x_t and its velocity, each as x_start (N, C, …), at times t (N,)."""
@@ -211,11 +211,13 @@ class FlowMatching:
 
     def points(self, steps):
         """The points of a solver, from noise to data; their times are evenly apart, before the shift."""
-        vanishes = self.prediction in ("noise", "score") and self.path.alpha(torch.tensor(1.0))[0] < 1e-6
+        exact = dict(dtype=torch.float64, device="cpu")
+        alpha, _ = self.path.alpha(torch.ones((), **exact))
+        vanishes = self.prediction in ("noise", "score") and alpha < 1e-6
         start = 1 - NEARLY if vanishes else self.path.start
         known_at_end = self.prediction == "velocity" and self.path.end == 0
         times = torch.linspace(
-            self._unshifted(start), self._unshifted(self.path.end), steps + 1, dtype=torch.float64
+            self._unshifted(start), self._unshifted(self.path.end), steps + 1, **exact
         )
         points = []
         for i, t in enumerate(self._shifted(times)):

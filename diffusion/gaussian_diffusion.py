@@ -358,7 +358,7 @@ class GaussianDiffusion:
 
     def _loop(self, step, model, shape, x, device, progress, **options):
         if x is None:
-            x = torch.randn(*shape, device=device or _device_of(model))
+            x = torch.randn(*shape, dtype=torch.float32, device=device or _device_of(model))
         elif tuple(x.shape) != tuple(shape):
             raise ValueError(f"noise {tuple(x.shape)}: shape says {tuple(shape)}")
         indices = reversed(range(self.num_timesteps))

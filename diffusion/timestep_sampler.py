@@ -47,10 +47,11 @@ class UniformSampler(ScheduleSampler):
     """Every step as often as any other."""
 
     def weights(self):
-        return torch.ones(self.diffusion.num_timesteps, dtype=torch.float64)
+        return torch.ones(self.diffusion.num_timesteps, dtype=torch.float64, device="cpu")
 
     def sample(self, batch_size, device, generator=None):
-        return self.diffusion.sample_t(batch_size, device, generator), torch.ones(batch_size, device=device)
+        ones = torch.ones(batch_size, dtype=torch.float32, device=device)
+        return self.diffusion.sample_t(batch_size, device, generator), ones
 
 
 class LogitNormalSampler(UniformSampler):
@@ -80,12 +81,13 @@ class LossSecondMomentResampler(LossAwareSampler):
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
         super().__init__(diffusion)
         self.uniform_prob = uniform_prob
-        self._losses = torch.zeros(diffusion.num_timesteps, history_per_term, dtype=torch.float64)
-        self._counts = torch.zeros(diffusion.num_timesteps, dtype=torch.int64)
+        steps, memory = diffusion.num_timesteps, history_per_term
+        self._losses = torch.zeros(steps, memory, dtype=torch.float64, device="cpu")
+        self._counts = torch.zeros(steps, dtype=torch.int64, device="cpu")
 
     def weights(self):
         if (self._counts < self._losses.shape[1]).any():
-            return torch.ones(len(self._counts), dtype=torch.float64)
+            return torch.ones_like(self._counts, dtype=torch.float64)
         weights = self._losses.square().mean(dim=1).sqrt()
         weights = weights / weights.sum()
         return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)

@@ -1,5 +1,6 @@
 """What several test files share: the rule that makes the goldens' weights and inputs, and small models."""
 
+import contextlib
 import os
 import sys
 import zlib
@@ -59,6 +60,22 @@ def build_tiny(**overrides):
         input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=10
     )
     return DiT(**{**options, **overrides})
+
+
+# What a caller may have set for tensors of its own: default dtype, default device.
+OTHER_DEFAULTS = [(torch.float64, None), (torch.bfloat16, None), (torch.float32, "meta")]
+
+
+@contextlib.contextmanager
+def other_defaults(dtype, device):
+    """Defaults that a notebook may have set for its own tensors."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny, load_rule_weights, rule_input
+from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults, rule_input
 
-from diffusion import Guidance, create_diffusion, create_process
+from diffusion import Guidance, create_diffusion, create_flow, create_process
 from diffusion.diffusion_utils import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
@@ -30,6 +30,33 @@ def ideal_model(diffusion, mean=MEAN, std=STD):
         return ((1 - a).sqrt() * (x - a.sqrt() * mu) / (a * std**2 + 1 - a)).float()
 
     return model
+
+
+@pytest.mark.parametrize("dtype, device", OTHER_DEFAULTS)
+def test_default_dtype_and_device_change_nothing(dtype, device):
+    """Times, losses, a dropped label and a published loop are those of float32 on the CPU."""
+    model = load_rule_weights(build_tiny(learn_sigma=False, class_dropout_prob=0.5), 0.1).train()
+    x_start, kwargs = rule_input("x0", 6, 4, 8, 8), dict(y=torch.arange(6))
+
+    def everything():
+        torch.manual_seed(0)
+        found, diffusion = [], create_diffusion("10", learn_sigma=False)
+        for process, names in (
+            (diffusion, ["uniform", "loss-second-moment"]), (create_flow(), ["uniform"]),
+            (create_flow(time_sampling="logit-normal"), ["logit-normal"]),
+        ):  # fmt: skip
+            found += [process.training_losses(model, x_start, None, kwargs)["loss"], process.even_t(7, "cpu")]
+            for name in names:
+                sampler = create_named_schedule_sampler(name, process)
+                sampler.update_with_local_losses(*[torch.ones(2, device="cpu", dtype=torch.int64)] * 2)
+                found += sampler.sample(5, "cpu")
+        return [*found, diffusion.p_sample_loop(model, x_start.shape, model_kwargs=kwargs)]
+
+    expected = everything()
+    with other_defaults(dtype, device):
+        found = everything()
+    assert all(one.dtype == other.dtype for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
 
 
 # ---------------------------------------------------------------------------------------------

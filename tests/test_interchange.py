@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build_tiny, load_rule_weights
+from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults
 from test_autoencoder import save_vae
 
 import checkpoint
@@ -64,6 +64,16 @@ def test_safetensors_round_trip(ckpt, tmp_path, monkeypatch, weights):
     if weights == "ema":
         images = Sampler.from_checkpoint(out, device="cpu").sample([3, 4])
         assert torch.equal(images, Sampler.from_checkpoint(ckpt, device="cpu").sample([3, 4]))
+
+
+@pytest.mark.parametrize("dtype, device", OTHER_DEFAULTS)
+def test_pipelines_load_under_any_default(ckpt, tmp_path, dtype, device):
+    checkpoint.export(checkpoint.load(ckpt), str(tmp_path / "pipeline"))
+    expected = checkpoint.load(str(tmp_path / "pipeline")).state_dict()
+    with other_defaults(dtype, device):
+        found = checkpoint.load(str(tmp_path / "pipeline")).state_dict()
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert_same(found, expected)
 
 
 def test_bare_safetensors_export(tmp_path, monkeypatch):

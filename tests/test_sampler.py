@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny, load_rule_weights
+from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults
 from PIL import Image
+from test_autoencoder import save_vae
 
 import checkpoint
 import sample
-from diffusion import create_diffusion
+from diffusion import create_diffusion, create_flow
 from download import find_model
 from images import save_grid
 from runtime import UserError, fold_seed, launch
@@ -427,6 +428,51 @@ def test_checkpoints_by_path(ckpt, tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             Sampler.from_checkpoint(**call)
+
+
+@pytest.mark.parametrize("dtype, device", OTHER_DEFAULTS)
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_default_dtype_and_device_change_nothing(objective, dtype, device, tmp_path):
+    """From the file to the image, by every sampler, guided by null label and by another model."""
+    is_flow = objective == "flow"
+    process = create_flow(path="gvp", prediction="noise") if is_flow else create_diffusion(None)
+    model = load_rule_weights(build_tiny(learn_sigma=not is_flow, registers=2), 0.1)
+    vae = save_vae(tmp_path / "vae")
+    config = dict(model=model.config, process=process.config, autoencoder=dict(vae=vae))
+    checkpoint.save(str(tmp_path / "run.pt"), dict(ema=model.state_dict(), config=config))
+    checkpoint.export(checkpoint.load(str(tmp_path / "run.pt")), str(tmp_path / "run.safetensors"))
+
+    def everything():
+        sampler = Sampler.from_checkpoint(tmp_path / "run.pt", device="cpu")
+        guided = Sampler.from_checkpoint(
+            tmp_path / "run.safetensors", device="cpu", guide=tmp_path / "run.pt", precision="bf16"
+        )
+        found = [
+            one.sample(2, steps=2, sampler=name, cfg_interval=(0.1, 100), cfg_schedule="power-cosine")
+            for one in (sampler, guided) for name in process.samplers
+        ]  # fmt: skip
+        found.append(sampler.image_to_image(found[0], [1, 2], [3, 4], steps=2))
+        found += sampler.sample([3], seeds=2**40, steps=2, return_trajectory=True)
+        if not is_flow:
+            found.append(sampler.sample([3, 4], steps=2, published_draws=True))
+        former = SampleNoise([5, 2**32], draws=1)
+        return [*found, former.labels(10), former.randn((2,))]
+
+    expected = everything()
+    with other_defaults(dtype, device):
+        images = everything()
+    assert all(one.dtype == other.dtype for one, other in zip(images, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(images, expected))
+
+
+def test_a_model_of_another_dtype_is_sampled():
+    """As a default dtype makes it: its images are those of the same weights in float32, to rounding."""
+    sampler = tiny_sampler()
+    expected = sampler.sample([3, 4])
+    sampler.model.double()
+    images = sampler.sample([3, 4])
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
 def test_sample_repeats_nothing_of_the_training_command(ckpt, monkeypatch, capsys):
