@@ -1,4 +1,4 @@
-"""Measure speed: training, sampling, and every stage before and behind them, on a CPU or GPUs.
+"""Measure speed: training, sampling, and every stage before and after them, on a CPU or GPUs.
 
     python benchmark.py                                       # DiT-S/2: a training and a sampling step
     python benchmark.py --against --compile --precision fp32 bf16
@@ -6,20 +6,20 @@
     python benchmark.py --mode encode decode latents images write features
     python benchmark.py --mode train --processes 1 2 4 8
 
-Ways of doing the same (a row each) take turns, so that a machine's moods fall on all of them; the table has
-medians, and the spread from the fastest to the slowest window as a share of that. What happens once, the
-first step with its compilation, stands apart. Every number goes to a JSON too.
+Variants of the same work, a row each, run round-robin, so noise affects all equally. The table shows medians
+of --repeats windows, and their spread, (slowest - fastest) / median. The first step, with compilation, is
+timed apart. Every number is also written to a JSON file. Data and weights are random; nothing is downloaded.
 
-modes       train     a step on cached latents: forward, backward, optimiser, average
+modes       train     a training step on cached latents: forward, backward, optimizer, EMA
             sample    a step of guided sampling, without the decoder; images/s are for --num-sampling-steps
             encode    the VAE's posteriors of images and their mirror images (extract_features.py)
-            decode    latents to bytes
-            latents   reading a cache; images: reading JPEGs as large as ImageNet's
-            write     bytes to the .npz of sample_ddp.py, without and with PNGs
-            features  Inception's features (evaluate.py)
---against   the published way, in float32, eager: rows "published"; ratios are to the first row
+            decode    latents to uint8 pixels
+            latents   reading a latent cache; images: reading JPEGs as large as ImageNet's
+            write     pixels to the .npz of sample_ddp.py, without and with PNGs
+            features  Inception features (evaluate.py)
+--against   the published implementation, float32 and eager: rows "published"; ratios are to the first row
 
-On one H200, what to run, and what to expect of it (aims; not measured yet):
+Commands for one H200, with the speeds to aim for (not measured yet):
     python benchmark.py --mode train --model DiT-XL/2 --batch 256 --precision bf16 --compile   2.5 steps/s
     python benchmark.py --mode train --model DiT-S/2 --batch 256 --precision bf16 --compile    22 steps/s
     python benchmark.py --mode sample --model DiT-XL/2 --batch 64 --precision bf16 --compile   4.1 images/s
@@ -28,105 +28,101 @@ On one H200, what to run, and what to expect of it (aims; not measured yet):
         --grad-checkpointing --against
 """
 
-import contextlib
-import ctypes
-import gc
+import copy
 import json
 import os
-import platform
-import resource
-import statistics
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from itertools import product
+from statistics import median
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-import workloads
-from experiment import peak_flops
-from models import DiT_models
+from archive import SampleArchive
+from autoencoder import SD_SCALE, VAE, Pixels
+from data import BatchOrder, FolderImages, Guarded, LatentCache, read_batches
+from diffusion import create_diffusion, create_process
+from experiment import device_name, measure_matmul_flops, memory_gib, peak_flops, restart_peak_memory
+from extract_features import complete, finish_shard
+from images import to_uint8
+from inception import Inception
+from models import DiT_models, count_macs
 from runtime import (
     PRECISIONS,
     Parser,
     UserError,
+    float_above,
+    int_at_least,
     launch,
     leave_group,
     set_precision,
     start_processes,
     whole_file,
 )
-from sampler import check_cuda_graphs
-from workloads import Setting
+from sample_ddp import sample_batches
+from sampler import Sampler, check_cuda_graphs
+from settings import build_parser as build_train_parser
+from settings import process_config
+from train import Trainer
 
 MODES = ("train", "sample", "encode", "decode", "latents", "images", "write", "features")
-SIZES_ALONE = MODES[2:]  # whose speed no DiT bears on
+WITHOUT_DIT = MODES[2:]  # whose speed does not depend on --model
+NUM_CLASSES, CHANNELS, FACTOR = 1000, 4, 8  # CHANNELS of latents; FACTOR: pixels a latent, on a side
+VAE_CONFIG = dict(channels=CHANNELS, factor=FACTOR, scale=SD_SCALE, shift=0.0)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What a row measures. image_size: pixels a side; batch: images a step, on each process."""
+
+    model: str
+    image_size: int
+    batch: int
+    precision: str
+    compile: bool = False
+    grad_checkpointing: bool = False
+    cuda_graphs: bool = False
+    num_workers: int = 0
+
+
+@dataclass
+class Workload:
+    """A stage, set up to run."""
+
+    run: Callable  # run(steps) does so many steps, without waiting for a GPU to finish them
+    flops: int | None = None  # of an image in a step, two a multiply-add; None where that is not what it does
+    subject: object = None  # the Trainer, Sampler or model that it runs
+    close: Callable = lambda: None  # ends what it started, and removes its files
 
 
 def main(args):
     """Measure speed."""
-    check_options(args)
-    if args.processes == [1]:
-        run(args, start_processes())
-    else:
-        run_with_processes(args)
-
-
-def save(args, machine, rows):
-    """Write all numbers so far."""
-    with whole_file(args.out) as file:
-        json.dump(dict(command=sys.argv[1:], **machine, rows=rows), file, indent=1)
-
-
-def check_options(args):
-    """Raise UserError for numbers out of range, before any work."""
-    least = dict(batch=1, image_size=64, processes=1, repeats=1, num_sampling_steps=1, num_workers=0)
-    for name, low in least.items():
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value < low:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
-            if name == "image_size" and value % 64:
-                raise UserError(f"--image-size {value}: must be a multiple of 64 (the VAE's 8 x patch 8)")
-    if args.seconds <= 0:
-        raise UserError(f"--seconds {args.seconds}: must be more than 0")
     check_cuda_graphs(args.cuda_graphs)
     if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
         raise UserError(f"--out {args.out}: cannot be written there")
+    if args.processes == [1]:
+        run(args)
+    else:
+        compare_process_counts(args)
 
 
-def run(args, processes, earlier=()):
-    """All measurements asked for, printed and saved as they come, behind earlier rows; returns the rows."""
-    device, machine = processes.device, {}
-    precisions = args.precision or [set_precision(None, device)]
-    for precision in precisions:
-        set_precision(precision, device)  # which refuses what the device has not
-    if processes.is_main:
-        machine = describe_machine(device, precisions)
-        print_machine(machine)
-    rates, rows = processes.broadcast(machine.get("matmul_flops")), []
-    for group in groups(args, precisions, device):
-        found = measure(group, args, processes)
-        for row in found:
-            complete(row, found[0], args, processes, rates)
-            if processes.is_main:
-                print_row(row, heading=not rows and row is found[0])
-        rows += found
-        if processes.is_main:
-            save(args, machine, [*earlier, *rows])
-    if processes.is_main:
-        print(f"Saved {args.out}")
-    return rows
-
-
-def run_with_processes(args):
-    """The same by 1, 2, … processes of this machine, and how the number of images grows with them."""
-    reports = []  # rows, a list each
+def compare_process_counts(args):
+    """Run with each of --processes on this machine, and print how images/s grow with their number."""
+    reports = []  # lists of rows, one for each count
     for count in args.processes:
         print(f"\n{count} process{'es' if count > 1 else ''}:", flush=True)
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
@@ -135,316 +131,448 @@ def run_with_processes(args):
             max_restarts=0, run_id="benchmark",
         )  # fmt: skip
         try:
-            earlier = [row for rows in reports for row in rows]
-            reports.append(elastic_launch(config, run_as_one)(args, earlier)[0])
+            reports.append(elastic_launch(config, run)(args, sum(reports, []))[0])
         except ChildFailedError as error:
             raise UserError(f"--processes {count}: failed, see above") from error
     print("\nimages/s of all processes, relative to the first count:")
     for rows in zip(*reports):
-        first = rows[0]["images_per_sec"]
-        speeds = (f"{row['processes']}: {row['images_per_sec']:.3g} ({row['images_per_sec'] / first:.2f}x)"
-                  for row in rows if first and row["images_per_sec"])  # fmt: skip
-        print(f"{describe(rows[0])}, {rows[0]['way']}    {',  '.join(speeds)}")
+        speeds = [(row["processes"], row["images_per_sec"]) for row in rows if row["images_per_sec"]]
+        shown = (f"{count}: {speed:.3g} ({speed / speeds[0][1]:.2f}x)" for count, speed in speeds)
+        print(f"{describe(rows[0])}, {rows[0]['way']}    {',  '.join(shown)}")
 
 
-def run_as_one(args, earlier):
-    """run, in one of several processes that torch.distributed started."""
-    rows = run(args, start_processes(), earlier)
+def run(args, earlier=()):
+    """Measure, print and save all rows, behind those of earlier runs; returns them."""
+    dist, rows, machine = start_processes(), [], {}
+    precisions = args.precision or [set_precision(None, dist.device)]
+    for precision in precisions:
+        set_precision(precision, dist.device)  # raises UserError where the device lacks it
+    if dist.is_main:
+        machine = describe_machine(dist.device, precisions)
+    matmul_flops = dist.broadcast(machine.get("matmul_flops"))
+    for mode in args.mode:
+        models = args.model[:1] if mode in WITHOUT_DIT else args.model
+        for model, image_size, batch in product(models, args.image_size, args.batch):
+            config = BenchmarkConfig(model, image_size, batch, precisions[0], num_workers=args.num_workers)
+            group = measure(mode, list_variants(mode, config, args, precisions, dist.device), args, dist)
+            for row in group:
+                summarize(row, group[0], args, dist, matmul_flops)
+                if dist.is_main:
+                    print_row(row, with_heading=not rows)
+                rows.append(row)
+            if dist.is_main:
+                report = dict(command=sys.argv[1:], **machine, rows=[*earlier, *rows])
+                with whole_file(args.out) as file:
+                    json.dump(report, file, indent=1)
+    if dist.is_main:
+        print(f"Saved {args.out}")
     leave_group()
     return rows
 
 
-# ---------------------------------------------------------------------------------------------
-# What is measured
-
-
-def groups(args, precisions, device):
-    """Yield groups of {name of a row: (mode, Setting, what builds its Workload)} that take turns."""
-    for mode in args.mode:
-        models = args.model[:1] if mode in SIZES_ALONE else args.model
-        for model, image_size, batch in product(models, args.image_size, args.batch):
-            setting = Setting(model, image_size, batch, precisions[0], num_workers=args.num_workers)
-            yield {
-                name: (mode, changed, build)
-                for name, changed, build in ways(mode, setting, args, precisions, device)
-            }
-
-
-def ways(mode, setting, args, precisions, device):
-    """Yield (name, Setting, class) for every way of doing this."""
-    if mode in ("encode", "decode"):  # never in bf16, but in what that leaves
-        build = workloads.Encode if mode == "encode" else workloads.Decode
-        rest = set_precision(None, device)
-        for precision in dict.fromkeys("fp32" if given == "fp32" else rest for given in precisions):
-            yield precision, replace(setting, precision=precision), build
-        return
-    simple = dict(features=workloads.Features, latents=workloads.ReadLatents, images=workloads.ReadImages)
-    if mode in simple:
-        yield "", replace(setting, precision="fp32"), simple[mode]
-        return
+def list_variants(mode, config, args, precisions, device):
+    """The variants of a mode that the options ask for: [(name, BenchmarkConfig, what builds a Workload)]."""
+    fp32 = replace(config, precision="fp32")
+    if mode in ("encode", "decode"):  # the VAE does not run in bf16, but in the default precision
+        build, default = encoding if mode == "encode" else decoding, set_precision(None, device)
+        used = dict.fromkeys("fp32" if precision == "fp32" else default for precision in precisions)
+        return [(precision, replace(config, precision=precision), build) for precision in used]
     if mode == "write":
-        yield "npz", setting, partial(workloads.Write, png=False)
-        yield "npz and PNGs", setting, partial(workloads.Write, png=True)
-        return
+        return [("npz", config, writing), ("npz and PNGs", config, partial(writing, png=True))]
+    if mode in WITHOUT_DIT:
+        build = dict(latents=reading_latents, images=reading_images, features=extracting_features)[mode]
+        return [("", fp32, build)]
+    training_mode, variants = mode == "train", []
     if args.against:
-        plain, published = replace(setting, precision="fp32"), "published"
-        if mode == "train":
-            yield published, plain, workloads.PlainTrain
-            if args.against == "online":
-                yield f"{published}, VAE online", plain, partial(workloads.PlainTrain, online=True)
-        else:
-            yield published, plain, workloads.PlainSample
-        if device.type == "cuda" and "tf32" in precisions:
-            build = workloads.PlainTrain if mode == "train" else workloads.PlainSample
-            yield f"{published}, tf32", replace(setting, precision="tf32"), build
-    flags = dict(compile=args.compile)
-    if mode == "train":
-        flags["grad_checkpointing"] = args.grad_checkpointing
-    else:
-        flags["cuda_graphs"] = args.cuda_graphs
-    build = workloads.Train if mode == "train" else workloads.Sample
-    choices = [(False, True) if given else (False,) for given in flags.values()]
+        build = published_training if training_mode else published_sampling
+        variants.append(("published", fp32, build))
+        if args.against == "online" and training_mode:
+            variants.append(("published, VAE online", fp32, partial(build, online=True)))
+        if "tf32" in precisions:
+            variants.append(("published, tf32", replace(config, precision="tf32"), build))
+    switches = ("compile", "grad_checkpointing" if training_mode else "cuda_graphs")
+    choices = [(False, True) if getattr(args, name) else (False,) for name in switches]
     for precision, *chosen in product(precisions, *choices):
-        on = {name: value for name, value in zip(flags, chosen) if value}
-        words = [precision, *(name.replace("_", " ") for name in on)]
-        yield ", ".join(words), replace(setting, precision=precision, **on), build
+        on = [name for name, value in zip(switches, chosen) if value]
+        changed = replace(config, precision=precision, **dict.fromkeys(on, True))
+        build = training if training_mode else sampling
+        variants.append((", ".join([precision, *on]).replace("_", " "), changed, build))
+    return variants
 
 
-# ---------------------------------------------------------------------------------------------
-# Measuring
-
-
-def measure(group, args, processes):
-    """Rows of a group, whose ways take turns."""
-    built, rows, memory = {}, [], Memory(processes.device)
-    torch.compiler.reset()  # shapes of earlier groups
-    for name, (mode, setting, build) in group.items():
-        row = dict(mode=mode, way=name, **vars(setting), windows=[], memory_gib=None)
+def measure(mode, variants, args, dist):
+    """Time all variants, round-robin; returns their rows, dicts."""
+    torch.compiler.reset()  # drops what was compiled for other shapes
+    rows, ready = [], []
+    for name, config, build in variants:
+        row = dict(mode=mode, way=name, **vars(config), windows=[], memory_gib=None)
         rows.append(row)
-        before = memory.held(setting.cuda_graphs)
+        # CUDA graphs work in memory that is reserved but not allocated:
+        read_peak = partial(memory_gib, dist.device, reserved=config.cuda_graphs)
+        restart_peak_memory(dist.device)
+        before = read_peak()
         try:
-            workload = build(setting, processes)
-            first = timed(workload, 1, processes)
-            steps = window(workload, args.seconds, processes)
+            workload = build(config, dist)
+            row["first_step_s"], steps = time_steps(workload, config, 1, dist), 1
+            restart_peak_memory(dist.device)  # without what only compilation needs
+            # One step alone may have been prefetched, or be too short for the clock:
+            while (took := dist.broadcast(time_steps(workload, config, steps, dist))) < args.seconds / 2:
+                steps *= 2
         except torch.OutOfMemoryError:
             row["failed"], workload = "out of memory", None
-        if "failed" in row:  # out here, where the exception's frames no longer hold tensors
-            gc.collect()
-            torch.cuda.empty_cache()
             continue
-        row |= dict(first_step_s=first, steps=steps, images=workload.images, flops=workload.flops)
-        built[name] = workload, row, memory.held(setting.cuda_graphs) - before
-    turns = [(name, turn) for turn in range(args.repeats) for name in built]
-    try:
-        for name, _ in tqdm(
-            turns, desc=rows[0]["mode"], unit="window", leave=False, disable=not processes.is_main
-        ):
-            workload, row, own = built[name]
-            start = memory.restart()
-            row["windows"].append(timed(workload, row["steps"], processes) / row["steps"])
-            used = own + memory.peak() - start
-            row["memory_gib"] = max(row["memory_gib"] or 0.0, used / 2**30)
-    finally:
-        for workload, _, _ in built.values():
-            workload.close()
-    built.clear()
-    workload = None
-    gc.collect()
-    if processes.device.type == "cuda":
-        torch.cuda.empty_cache()
+        row |= dict(steps=max(1, round(steps * args.seconds / took)), images=config.batch)
+        row |= dict(flops=workload.flops and workload.flops * config.batch, memory_gib=read_peak() - before)
+        ready.append((row, config, workload))
+    for row, config, workload in tqdm(
+        ready * args.repeats, desc=mode, unit="window", leave=False, disable=not dist.is_main
+    ):
+        row["windows"].append(time_steps(workload, config, row["steps"], dist) / row["steps"])
+    for _, _, workload in ready:
+        workload.close()
     return rows
 
 
-def timed(workload, steps, processes):
-    """Seconds that all processes together took for this many steps; a GPU is waited for at both ends only."""
+def time_steps(workload, config, steps, dist):
+    """Seconds that all processes together take for these steps; a GPU is waited for at both ends only."""
 
-    def settle():
-        if processes.device.type == "cuda":
+    def now():
+        if dist.device.type == "cuda":
             torch.cuda.synchronize()
-        processes.barrier()
+        dist.barrier()
+        return time.perf_counter()
 
-    settle()
-    start = time.perf_counter()
+    set_precision(config.precision, dist.device)
+    start = now()
     workload.run(steps)
-    settle()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def window(workload, seconds, processes):
-    """How many steps take this long."""
-    steps = 1
-    # A step may have been read ahead already, or be over before a clock can tell:
-    while (took := processes.broadcast(timed(workload, steps, processes))) < seconds / 2:
-        steps *= 2
-    return max(1, round(seconds * steps / took))
-
-
-class Memory:
-    """What this process holds, in bytes: on the GPU, or else of the machine."""
-
-    def __init__(self, device):
-        self.on_gpu = device.type == "cuda"
-
-    def held(self, recorded=False):
-        if self.on_gpu and recorded:  # what CUDA graphs work in, they reserve, and count as free
-            torch.cuda.empty_cache()
-            return torch.cuda.memory_reserved()
-        if self.on_gpu:
-            return torch.cuda.memory_allocated()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what was freed
-        return self._read("VmRSS")
-
-    def restart(self):
-        """Forget the peak so far; returns what is held."""
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # Linux: the peak of resident memory
-        return self.held()
-
-    def peak(self):
-        return torch.cuda.max_memory_allocated() if self.on_gpu else self._read("VmHWM")
-
-    def _read(self, name):
-        if not os.path.exists("/proc/self/status"):  # a peak that cannot be forgotten
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-
-def complete(row, first, args, processes, rates):
-    """Add to a row what its windows come to; first: the row that ratios are to."""
-    row |= dict(processes=processes.world_size, steps_per_sec=None, images_per_sec=None, ratio=None)
+def summarize(row, first, args, dist, matmul_flops):
+    """Add what a row's windows come to; first: the row that ratios are relative to."""
+    row |= dict(processes=dist.world_size, steps_per_sec=None, images_per_sec=None, ratio=None)
     if not row["windows"]:
         return
-    median = statistics.median(row["windows"])
-    per_image = args.num_sampling_steps if row["mode"] == "sample" else 1
-    row["steps_per_sec"] = 1 / median
-    row["images_per_sec"] = row["images"] * processes.world_size / median / per_image
-    row["spread"] = (max(row["windows"]) - min(row["windows"])) / median
+    seconds, steps = median(row["windows"]), args.num_sampling_steps if row["mode"] == "sample" else 1
+    row["steps_per_sec"] = 1 / seconds
+    row["images_per_sec"] = row["images"] * dist.world_size / (seconds * steps)
+    row["spread"] = (max(row["windows"]) - min(row["windows"])) / seconds
     if row["flops"]:
-        row["flops_per_sec"] = row["flops"] * processes.world_size / median
-        row["of_matmul"] = row["flops"] / median / rates.get(row["precision"], float("inf"))
-        peak = peak_flops(processes.device, row["precision"])
-        row["of_datasheet"] = peak and row["flops"] / median / peak
-    if row is not first and first["windows"]:  # window by window, since they were taken in turn
-        row["ratio"] = statistics.median(a / b for a, b in zip(first["windows"], row["windows"]))
-
-
-# ---------------------------------------------------------------------------------------------
-# The machine, and the table
+        peak = peak_flops(dist.device, row["precision"])
+        row["flops_per_sec"] = row["flops"] * dist.world_size / seconds
+        row["of_matmul"] = row["flops"] / seconds / matmul_flops[row["precision"]]
+        row["of_datasheet"] = peak and row["flops"] / seconds / peak
+    if row is not first and first["windows"]:  # window by window: neighbours saw the same noise
+        row["ratio"] = median(a / b for a, b in zip(first["windows"], row["windows"]))
 
 
 def describe_machine(device, precisions):
-    """What the numbers hold for."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as file:
-                name = next((line.split(":")[1].strip() for line in file if "model name" in line), name)
-    needed = dict.fromkeys([*precisions, set_precision(None, device), "fp32"])
-    rates = {precision: matmul_rate(device, precision) for precision in needed}
-    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__,
-                date=date.today().isoformat(), matmul_flops=rates)  # fmt: skip
+    """Print and return what the numbers hold for."""
+    rates = {precision: measure_matmul_flops(device, precision)
+             for precision in dict.fromkeys([*precisions, set_precision(None, device), "fp32"])}  # fmt: skip
+    name, threads, today = device_name(device), torch.get_num_threads(), date.today().isoformat()
+    print(f"{name}, {threads} threads, torch {torch.__version__}, {today}")
+    shown = ", ".join(f"{precision} {rate / 1e9:,.0f}" for precision, rate in rates.items())
+    print(f"a large matrix product, GFLOP/s: {shown}\n")
+    return dict(device=name, threads=threads, torch=torch.__version__, date=today, matmul_flops=rates)
 
 
-def matmul_rate(device, precision):
-    """FLOP/s of one large matrix product."""
-    set_precision(precision, device)
-    size = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
-
-
-def print_machine(machine):
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["matmul_flops"].items())
-    print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}")
-    print(f"a large matrix product, GFLOP/s: {rates}\n")
-
-
-COLUMNS = (
-    ("what", 34), ("way", 26), ("images/s", 9), ("steps/s", 9), ("spread", 7), ("ratio", 6), ("GiB", 6),
-    ("GFLOP/s", 9), ("of matmul", 10), ("of sheet", 9), ("first, s", 8),
+COLUMNS = (  # title, width, key of a row, format, factor
+    ("images/s", 9, "images_per_sec", ".4g", 1), ("steps/s", 9, "steps_per_sec", ".4g", 1),
+    ("spread", 7, "spread", ".0%", 1), ("ratio", 6, "ratio", ".2f", 1), ("GiB", 6, "memory_gib", ".2f", 1),
+    ("GFLOP/s", 9, "flops_per_sec", ",.0f", 1e-9), ("of matmul", 10, "of_matmul", ".0%", 1),
+    ("of sheet", 9, "of_datasheet", ".0%", 1), ("first, s", 8, "first_step_s", ".2f", 1),
 )  # fmt: skip
 
 
 def describe(row):
     """What a row measures, in words."""
-    model = "" if row["mode"] in SIZES_ALONE else f"{row['model']}, "
+    model = "" if row["mode"] in WITHOUT_DIT else f"{row['model']}, "
     return f"{row['mode']}, {model}{row['image_size']} px, batch {row['batch']}"
 
 
-def print_row(row, heading):
+def print_row(row, with_heading):
     """A line of the table."""
-    if heading:
-        print("  ".join(f"{name:<{width}}" if i < 2 else f"{name:>{width}}"
-                        for i, (name, width) in enumerate(COLUMNS)))  # fmt: skip
+    if with_heading:
+        titles = (f"{title:>{width}}" for title, width, *_ in COLUMNS)
+        print(f"{'what':<34}  {'way':<26}", *titles, sep="  ")
+    cells = []
+    for _, width, key, form, factor in COLUMNS:
+        text = "" if row.get(key) is None else format(row[key] * factor, form)
+        cells.append(f"{text:>{width}}")
+    cells = [row["failed"]] if "failed" in row else cells
+    print(f"{describe(row):<34}  {row['way']:<26}", *cells, sep="  ", flush=True)
 
-    def show(name, form, factor=1.0):
-        return "" if row.get(name) is None else format(row[name] * factor, form)
 
-    cells = (
-        describe(row), row["way"], show("images_per_sec", ".4g") or row.get("failed", ""),
-        show("steps_per_sec", ".4g"), show("spread", ".0%"), show("ratio", ".2f"), show("memory_gib", ".2f"),
-        show("flops_per_sec", ",.0f", 1e-9), show("of_matmul", ".0%"), show("of_datasheet", ".0%"),
-        show("first_step_s", ".2f"),
-    )  # fmt: skip
-    print("  ".join(f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}"
-                    for i, (cell, (_, width)) in enumerate(zip(cells, COLUMNS))), flush=True)  # fmt: skip
+# ---------------------------------------------------------------------------------------------
+# Workloads: training and sampling, ours and as published; then the stages before and after them
+
+
+def build_dit(config, device):
+    """A DiT without zeros, which some processors multiply faster."""
+    model = DiT_models[config.model](input_size=config.image_size // FACTOR, num_classes=NUM_CLASSES)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.to(device)
+
+
+def build_vae(device):
+    """An SD-VAE of random weights."""
+    from diffusers import AutoencoderKL  # here, since it takes seconds
+
+    vae = VAE("random weights", VAE_CONFIG)
+    vae._model = AutoencoderKL(
+        block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=CHANNELS,
+    ).eval().requires_grad_(False)  # fmt: skip
+    return vae.to(device)
+
+
+def random_batch(config, device, channels=2 * CHANNELS, factor=FACTOR):
+    """Moments (N, 2C, h, w), or other values, and labels (N,), in memory as a data loader leaves them."""
+    side = config.image_size // factor
+    batch = torch.randn(config.batch, channels, side, side), torch.randint(NUM_CLASSES, (config.batch,))
+    return [values.pin_memory() for values in batch] if device.type == "cuda" else batch
+
+
+def training(config, dist):
+    """A step of train.py on cached latents: forward, backward, optimizer, EMA."""
+    args = build_train_parser().parse_args(["--model", config.model, "--feature-path", "random"])
+    vars(args).update(vars(config), num_classes=NUM_CLASSES, global_batch_size=config.batch * dist.world_size)
+    model, vae = build_dit(config, dist.device).train(), VAE("random weights", VAE_CONFIG)
+    trainer = Trainer(args, model, create_process(process_config(args)), vae, dist)
+    batch = random_batch(config, dist.device)
+
+    def run(steps):
+        for step in range(1, steps + 1):
+            trainer.step(step, *batch)
+
+    return Workload(run, 6 * count_macs(model), trainer)
+
+
+def published_training(config, dist, online=False):
+    """A training step as published: eager, a loop over the weights for the EMA, the loss read in every step.
+
+    online: on images, with the VAE in it; else on cached latents."""
+    process, model = published_process(""), published_dit(config, dist.device).train()
+    ema = copy.deepcopy(model).requires_grad_(False)
+    network = DistributedDataParallel(model) if dist.world_size > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    vae = build_vae(dist.device) if online else VAE("random weights", VAE_CONFIG)
+    encode = vae.encode if online else vae.draw
+    batch = random_batch(config, dist.device, *((3, 1) if online else ()))
+
+    def run(steps):
+        for _ in range(steps):
+            x, y = (values.to(dist.device) for values in batch)
+            x = encode(x, torch.randn(len(x), CHANNELS, *model.input_size, device=dist.device))
+            t = torch.randint(process.num_timesteps, (len(x),), device=dist.device)
+            loss = process.training_losses(network, x, t, dict(y=y))["loss"].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            weights = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, average in ema.named_parameters():
+                    average.mul_(0.9999).add_(weights[name], alpha=1 - 0.9999)
+            loss.item()
+
+    return Workload(run, 6 * count_macs(model), SimpleNamespace(model=model, ema=ema))
+
+
+def published_dit(config, device):
+    """A DiT as published: tokens stay as PatchEmbed leaves them in memory, transposed."""
+    model = build_dit(config, device)
+
+    def forward(x, t, y):
+        x = model.x_embedder(x) + model.pos_embed
+        c = model.t_embedder(t) + model.y_embedder(y, model.training)
+        for block in model.blocks:
+            x = block(x, c)
+        return model.unpatchify(model.final_layer(x, c))
+
+    model.forward = forward
+    return model
+
+
+def published_process(spacing):
+    """A diffusion as published: it copies its tables to the device at every use."""
+
+    class NoCache(dict):
+        def __contains__(self, key):
+            return False
+
+    process = create_diffusion(spacing)
+    process._on_device = NoCache()
+    return process
+
+
+def sampling(config, dist):
+    """A step of guided DDPM sampling by the Sampler."""
+    model, latents = build_dit(config, dist.device).eval(), Pixels(CHANNELS)
+    latents.clip_denoised = False
+    if config.precision == "bf16":
+        model.store_bfloat16()
+    if config.compile:
+        model.compile_blocks()
+    sampler = Sampler(model, None, latents, dist.device, cuda_graphs=config.cuda_graphs)
+    labels = torch.randint(NUM_CLASSES, (config.batch,)).tolist()
+
+    def run(steps):
+        for done in range(0, steps, 250):
+            sampler.sample(labels, cfg_scale=4.0, steps=min(250, steps - done), batch_size=config.batch)
+
+    return Workload(run, 4 * count_macs(model), sampler)
+
+
+def published_sampling(config, dist):
+    """A sampling step as published: forward_with_cfg on twice the rows, in p_sample_loop."""
+    model, n = published_dit(config, dist.device).eval(), config.batch
+
+    def run(steps):
+        z = torch.randn(n, CHANNELS, *model.input_size, device=dist.device)
+        y = torch.cat([torch.randint(NUM_CLASSES, (n,)), torch.full((n,), NUM_CLASSES)]).to(dist.device)
+        for done in range(0, steps, 250):
+            published_process(str(min(250, steps - done))).p_sample_loop(
+                model.forward_with_cfg, (2 * n, *z.shape[1:]), torch.cat([z, z]), clip_denoised=False,
+                model_kwargs=dict(y=y, cfg_scale=4.0),
+            )  # fmt: skip
+
+    return Workload(run, 4 * count_macs(model), SimpleNamespace(model=model))
+
+
+def calling(call, x):
+    """A Workload of call(x), whose operations are counted."""
+    with FlopCounterMode(display=False) as counter:
+        call(x[:1])
+
+    def run(steps):
+        for _ in range(steps):
+            call(x)
+
+    return Workload(run, counter.get_total_flops())
+
+
+def encoding(config, dist):
+    """A batch of extract_features.py: posteriors of images and of their mirror images."""
+    vae, images = build_vae(dist.device), random_batch(config, dist.device, 3, 1)[0].to(dist.device)
+    return calling(lambda x: torch.stack([vae.moments(x), vae.moments(x.flip(-1))], 1).half().cpu(), images)
+
+
+def decoding(config, dist):
+    """A batch of latents to uint8 pixels."""
+    vae, latents = build_vae(dist.device), random_batch(config, dist.device, CHANNELS)[0].to(dist.device)
+    return calling(lambda x: to_uint8(vae.decode(x)), latents)
+
+
+def extracting_features(config, dist):
+    """A batch of evaluate.py: Inception features."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with patch.object(FeatureExtractorInceptionV3, "load_state_dict"):  # which keeps random weights
+        inception = Inception({}, None, dist.device)
+    for layer in inception.network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)  # so that activations keep their size
+    pixels = torch.randint(256, (config.batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    return calling(lambda x: inception(x)[0].cpu(), pixels)
+
+
+def reading(dataset, folder, config, dist):
+    """A batch of training data, read by --num-workers processes from a temporary folder."""
+    order = BatchOrder(dataset, config.batch, stop_step=2**40)
+    batches = read_batches(Guarded(dataset, skip=False), order, config.num_workers, dist.device)
+
+    def run(steps):
+        for _ in range(steps):
+            next(batches)[0].to(dist.device, non_blocking=True)
+
+    def close():
+        batches.close()
+        folder.cleanup()
+
+    return Workload(run, close=close)
+
+
+def reading_latents(config, dist):
+    """From a cache of extract_features.py, in the operating system's file cache."""
+    folder, vae = tempfile.TemporaryDirectory(), VAE("random weights", VAE_CONFIG)
+    rows, side, rng = max(1024, config.batch), config.image_size // FACTOR, np.random.default_rng(0)
+    for shard in range(4):
+        moments = rng.standard_normal((rows, 2, 2 * CHANNELS, side, side), np.float32).astype(np.float16)
+        finish_shard(folder.name, shard, moments, np.zeros(rows, np.int64), vae)
+    manifest = dict(vae=vae.config, image_size=config.image_size, classes=["one"])
+    complete(folder.name, dict(manifest, count=4 * rows, shard_size=rows), range(4))
+    return reading(LatentCache(folder.name), folder, config, dist)
+
+
+def reading_images(config, dist):
+    """From JPEGs of 500x375 pixels and some 110 kB, as ImageNet's."""
+    folder, rng = tempfile.TemporaryDirectory(), np.random.default_rng(0)
+    for i in range(max(256, config.batch)):
+        coarse = Image.fromarray(rng.integers(256, size=(38, 50, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.BICUBIC)) + rng.normal(0, 12, (375, 500, 3))
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(os.path.join(folder.name, f"{i:05d}.jpg"), quality=90)
+    return reading(FolderImages(folder.name, config.image_size), folder, config, dist)
+
+
+def writing(config, dist, png=False):
+    """A batch of sample_ddp.py after the decoder: pixels into the .npz, and PNGs where asked."""
+    folder, side = tempfile.TemporaryDirectory(), config.image_size
+    coarse = torch.rand(config.batch, 3, side // 8, side // 8) * 2 - 1
+    images = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic")
+    images += 0.05 * torch.randn_like(images)
+    sampler = SimpleNamespace(
+        model=SimpleNamespace(num_classes=0), generate=lambda seeds, *_: (images, [0] * len(seeds))
+    )
+    args = SimpleNamespace(global_seed=0, labels="random", png=png)
+
+    def run(steps):
+        path = tempfile.mkdtemp(dir=folder.name)
+        archive = SampleArchive(f"{path}.npz", path, (steps * config.batch, side, side, 3), config.batch)
+        archive.begin()
+        sample_batches(archive.batches, sampler, archive, args, None, SimpleNamespace(rank=0, is_main=False))
+
+    return Workload(run, close=folder.cleanup)
 
 
 def build_parser():
     """The command-line options."""
-    # fmt: off
     parser = Parser(description=__doc__)
-    parser.add_argument("--mode", choices=MODES, nargs="+", default=["train", "sample"],
-                        help="what to measure (default: train sample)")
-    parser.add_argument("--model", choices=list(DiT_models), nargs="+", default=["DiT-S/2"],
-                        help="models, for train and sample (default: DiT-S/2)")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[256], metavar="PIXELS",
-                        help="sides of the images (default: 256)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8], metavar="IMAGES",
-                        help="images a step, of each process (default: 8)")
-    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=None,
-                        help="arithmetic of matrix products, as train.py's (default: tf32 on a GPU that has"
-                        " it, else fp32)")
-    parser.add_argument("--compile", action="store_true",
-                        help="measure compiled blocks too (default: off)")
-    parser.add_argument("--grad-checkpointing", action="store_true",
-                        help="measure training with blocks recomputed too (default: off)")
-    parser.add_argument("--cuda-graphs", action="store_true",
-                        help="measure sampling with recorded steps too, on a GPU (default: off)")
-    parser.add_argument("--against", nargs="?", choices=("cached", "online"), const="cached", default=None,
-                        help="measure the published way too: on the same cached latents, or also with the VAE"
-                        " in the training step (default: off; cached where no word follows)")
-    parser.add_argument("--num-sampling-steps", type=int, default=250, metavar="STEPS",
-                        help="that images/s of sample are for; a step takes the same time in any number of"
-                        " them (default: 250)")
-    parser.add_argument("--num-workers", type=int, default=2, metavar="N",
-                        help="processes that read, for latents and images (default: 2)")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1], metavar="N",
-                        help="how many processes of this machine share the work: several counts are compared"
-                        " (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N",
-                        help="windows of each row (default: 5)")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="S",
-                        help="length of a window, at least a step (default: 2)")
-    parser.add_argument("--out", default="benchmark.json", metavar="FILE",
-                        help="where every number goes (default: benchmark.json)")
+    add = parser.add_argument
+    # fmt: off
+    add("--mode", choices=MODES, nargs="+", default=["train", "sample"],
+        help="what to measure (default: train sample)")
+    add("--model", choices=list(DiT_models), nargs="+", default=["DiT-S/2"],
+        help="models, for train and sample (default: DiT-S/2)")
+    add("--image-size", type=int_at_least(64, multiple_of=64), nargs="+", default=[256], metavar="PIXELS",
+        help="sides of the images (default: 256)")
+    add("--batch", type=int_at_least(1), nargs="+", default=[8], metavar="IMAGES",
+        help="images a step, of each process (default: 8)")
+    add("--precision", choices=PRECISIONS, nargs="+", default=None,
+        help="arithmetic of matrix products, as train.py's (default: tf32 on a GPU that has it, else fp32)")
+    add("--compile", action="store_true", help="measure compiled blocks too (default: off)")
+    add("--grad-checkpointing", action="store_true",
+        help="measure training with blocks recomputed too (default: off)")
+    add("--cuda-graphs", action="store_true",
+        help="measure sampling with recorded steps too, on a GPU (default: off)")
+    add("--against", nargs="?", choices=("cached", "online"), const="cached", default=None,
+        help="measure the published way too: on the same cached latents, or also with the VAE in the training"
+        " step (default: off; cached where no word follows)")
+    add("--num-sampling-steps", type=int_at_least(1), default=250, metavar="STEPS",
+        help="that images/s of sample are for; a step takes the same time in any number of them"
+        " (default: 250)")
+    add("--num-workers", type=int_at_least(0), default=2, metavar="N",
+        help="processes that read, for latents and images (default: 2)")
+    add("--processes", type=int_at_least(1), nargs="+", default=[1], metavar="N",
+        help="how many processes of this machine share the work: several counts are compared (default: 1)")
+    add("--repeats", type=int_at_least(1), default=5, metavar="N", help="windows of each row (default: 5)")
+    add("--seconds", type=float_above(0), default=2.0, metavar="S",
+        help="length of a window, at least a step (default: 2)")
+    add("--out", default="benchmark.json", metavar="FILE",
+        help="where every number goes (default: benchmark.json)")
     # fmt: on
     return parser
 

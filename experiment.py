@@ -9,21 +9,26 @@ results/000-DiT-XL-2/
 """
 
 import contextlib
+import ctypes
+import gc
 import importlib.util
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import resource
 import secrets
+import statistics
+import sys
 import time
 
 import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
-from runtime import UserError, identify, is_gone, reason_of, whole_file
+from runtime import UserError, identify, is_gone, reason_of, set_precision, whole_file
 
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
@@ -473,11 +478,57 @@ class Meter:
         return dict(steps=states[0]["steps"], skipped=skipped, sums=sums)
 
 
-def memory_gib(device):
-    """The most memory this process has held, GiB: of the GPU, or of the machine."""
+def memory_gib(device, reserved=False):
+    """The most memory this process has held, GiB: of the GPU, or of the machine.
+
+    reserved: count all that PyTorch took from the GPU, also where no tensor is.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kept in KiB
+        peak = torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated
+        return peak(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def restart_peak_memory(device):
+    """Give unused memory back, and let memory_gib count from what is held now, where the system can."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.path.exists("/proc/self/clear_refs"):  # Linux
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # of glibc
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def device_name(device):
+    """The GPU's or processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure_matmul_flops(device, precision):
+    """FLOP/s that this device reaches in one large matrix product at this precision."""
+    set_precision(precision, device)
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def peak_flops(device, precision):

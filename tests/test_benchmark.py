@@ -1,6 +1,7 @@
 """benchmark.py: what it times is the real work, by both ways, and what it says of it adds up."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -8,14 +9,14 @@ import pytest
 import torch
 
 import benchmark
-import workloads
+from benchmark import BenchmarkConfig
 from diffusion import create_diffusion
+from experiment import memory_gib, restart_peak_memory
 from models import DiT_models, count_macs
 from runtime import Processes, launch
-from workloads import Setting
 
 CPU = Processes(0, 1, torch.device("cpu"))
-SMALL = Setting("DiT-S/8", 64, 3, "fp32")
+SMALL = BenchmarkConfig("DiT-S/8", 64, 3, "fp32")
 SIZES = ["--model", "DiT-S/8", "--image-size", 64, "--batch", 3]
 BRIEF = ["--repeats", 2, "--seconds", 0.01, "--num-workers", 0]
 
@@ -28,24 +29,23 @@ def measure(monkeypatch, tmp_path, *argv):
 
 
 def test_the_published_way_computes_the_same():
-    ours = workloads.Sample(SMALL, CPU).sampler.model
-    plain = workloads.plain_model(SMALL, CPU.device).eval()
+    ours = benchmark.sampling(SMALL, CPU).subject.model
+    plain = benchmark.published_dit(SMALL, CPU.device).eval()
     plain.load_state_dict(ours.state_dict())
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 999, 1000])
     assert ours(x, t, y).std() > 0.1
     torch.testing.assert_close(plain(x, t, y), ours(x, t, y), atol=1e-5, rtol=1e-5)
     noise = torch.randn_like(x)
     losses = [process.training_losses(plain, x, t, dict(y=y), noise)["loss"]
-              for process in (create_diffusion(""), workloads.plain_process(""))]  # fmt: skip
+              for process in (create_diffusion(""), benchmark.published_process(""))]  # fmt: skip
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("build", [workloads.Train, workloads.PlainTrain])
+@pytest.mark.parametrize("build", [benchmark.training, benchmark.published_training])
 def test_a_training_step_trains(build):
     torch.manual_seed(0)
     workload = build(SMALL, CPU)
-    model = workload.trainer.model if build is workloads.Train else workload.model
-    average = workload.trainer.ema if build is workloads.Train else workload.ema
+    model, average = workload.subject.model, workload.subject.ema
     assert all(parameter.any() for parameter in model.parameters())
     trained = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
 
@@ -97,20 +97,30 @@ def test_every_stage(monkeypatch, tmp_path, modes):
 @pytest.mark.parametrize("mode", ["decode", "encode", "features"])
 def test_these_never_run_in_bf16(mode):
     args = benchmark.build_parser().parse_args(["--precision", "bf16"])
-    (way,) = benchmark.ways(mode, replace(SMALL, precision="bf16"), args, ["bf16"], CPU.device)
-    assert way[1].precision == "fp32" and way[0] in ("fp32", "")
+    (variant,) = benchmark.list_variants(mode, replace(SMALL, precision="bf16"), args, ["bf16"], CPU.device)
+    assert variant[1].precision == "fp32" and variant[0] in ("fp32", "")
 
 
-@pytest.mark.parametrize("build", [workloads.Sample, workloads.PlainSample])
+@pytest.mark.parametrize("build", [benchmark.sampling, benchmark.published_sampling])
 def test_windows_longer_than_the_process(build):
     """A fast GPU does more steps in a window than the process has."""
     workload = build(replace(SMALL, batch=1), CPU)
-    model, calls = workload.sampler.model if build is workloads.Sample else workload.model, []
+    model, calls = workload.subject.model, []
     model.t_embedder.register_forward_hook(lambda *call: calls.append(None))
     for block in model.blocks:
         block.forward = lambda x, c: x  # brief
     workload.run(1_001)
     assert len(calls) == 1_001
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux forgets a peak")
+def test_the_peak_of_memory_restarts():
+    restart_peak_memory(CPU.device)
+    before, values = memory_gib(CPU.device), torch.ones(2**27)  # half a GiB
+    del values
+    assert memory_gib(CPU.device) > before + 0.4
+    restart_peak_memory(CPU.device)
+    assert memory_gib(CPU.device) < before + 0.1
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from conftest import build_tiny, load_rule_weights
 
 import benchmark
 import train
+from benchmark import BenchmarkConfig
 from runtime import Processes, launch, set_precision
 from sampler import Sampler
-from workloads import Sample, Setting, Train
 
 pytestmark = pytest.mark.gpu
 LABELS = [0, 3, 7]
@@ -50,8 +50,9 @@ def test_recorded_steps_are_the_plain_ones(gpu):
 
 
 def test_no_step_waits_for_the_gpu(gpu):
-    processes, setting = Processes(0, 1, gpu), Setting("DiT-S/8", 64, 4, "bf16")
-    training, sampler = Train(setting, processes), Sample(setting, processes).sampler
+    processes, config = Processes(0, 1, gpu), BenchmarkConfig("DiT-S/8", 64, 4, "bf16")
+    training = benchmark.training(config, processes)
+    sampler = benchmark.sampling(config, processes).subject
     options = sampler.settle(labels=LABELS, cfg_scale=2.0, steps="4")
 
     def forbid(state=None):  # from the first step on, which copies the tables
