@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from itertools import islice
 
 import numpy as np
@@ -82,26 +83,30 @@ def main(args):
         return
 
     # Encode, a shard to a process at a time:
+    processes.check_shared(args.features_path, "--features-path")
     shards = range(math.ceil(manifest["count"] / manifest["shard_size"]))
-    mine = [shard for shard in shards[processes.rank :: processes.world_size]
-            if read_note(args.features_path, shard) is None]  # fmt: skip
+    missing = processes.on_main(
+        lambda: [shard for shard in shards if read_note(args.features_path, shard) is None]
+    )
+    mistake = None
     try:
-        mistake = encode_shards(mine, dataset, autoencoder, manifest, args, processes)
+        encode_shards(missing, dataset, autoencoder, manifest, args, processes)
     except UserError as error:
-        mistake = str(error)
-    mistakes = processes.gather(mistake)  # so that no process waits for one that has stopped
-    for mistake in filter(None, mistakes):
-        raise UserError(mistake)
+        mistake = error
+        processes.count("mistakes")  # so that the others stop too
+    processes.wait_for_all("images")
+    with processes.agreeing():
+        if mistake:
+            raise mistake
 
     # Sum up:
+    processes.on_main(complete, args.features_path, manifest, shards)
     if processes.is_main:
-        complete(args.features_path, manifest, shards)
         latents = manifest["latents"]
         logger.info(
             f"Encoded {manifest['count']:,} images into {args.features_path}; latents have mean"
             f" {latents['mean']:.3f} and standard deviation {latents['std']:.3f} after scaling"
         )
-    processes.barrier()
 
 
 def shard_size(count):
@@ -158,27 +163,32 @@ def begin(folder, manifest):
 
 
 def encode_shards(shards, dataset, autoencoder, manifest, args, processes):
-    """Write these shards; returns what image could not be read, in a line, or None."""
-    size, count = manifest["shard_size"], manifest["count"]
-    batches, places = [], []
-    for shard in shards:
-        indices = range(shard * size, min((shard + 1) * size, count))
-        for start in range(0, len(indices), args.per_proc_batch_size):
-            batches.append([(i, False) for i in indices[start : start + args.per_proc_batch_size]])
-            places.append((shard, start, len(indices)))
-    loader = read_batches(Guarded(dataset, skip=False), batches, args.num_workers, processes.device)
-    total = sum(map(len, batches))
+    """Write these shards together with the other processes: each takes the next that none has taken, so that
+    a slow process keeps no other waiting. Raises UserError for an image that cannot be read."""
+    size, count, places = manifest["shard_size"], manifest["count"], deque()
+
+    def take_batches():
+        while not processes.count("mistakes", 0) and (taken := processes.count("shards")) <= len(shards):
+            shard = shards[taken - 1]
+            indices = range(shard * size, min((shard + 1) * size, count))
+            for start in range(0, len(indices), args.per_proc_batch_size):
+                places.append((shard, start, len(indices)))
+                yield [(i, False) for i in indices[start : start + args.per_proc_batch_size]]
+
+    loader = read_batches(Guarded(dataset, skip=False), take_batches(), args.num_workers, processes.device)
+    total = sum(min(size, count - shard * size) for shard in shards)
     with tqdm(total=total, desc="Encoding", unit="image", disable=not processes.is_main) as bar:
-        for (shard, start, length), (images, labels, problems) in zip(places, loader):
+        for images, labels, problems in loader:
+            shard, start, length = places.popleft()
             if problems:
-                return problems[0]
+                raise UserError(problems[0])
             if start == 0:
                 moments, shard_labels = [], []
             images = images.to(processes.device, non_blocking=True)
             both = [autoencoder.moments(view) for view in (images, images.flip(-1))]
             moments.append(torch.stack(both, dim=1).half().cpu().numpy())
             shard_labels.append(labels.numpy())
-            bar.update(len(images))
+            bar.update(processes.count("images", len(images)) - bar.n)  # of all processes
             if start + len(images) == length:
                 finish_shard(args.features_path, shard, np.concatenate(moments), np.concatenate(shard_labels),
                              autoencoder)  # fmt: skip

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -238,6 +238,7 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    _counts: dict = field(default_factory=dict, compare=False, repr=False)  # of a single process
 
     @property
     def is_main(self):
@@ -246,6 +247,25 @@ class Processes:
     def barrier(self):
         if self.world_size > 1:
             dist.barrier()
+
+    def count(self, name, n=1):
+        """Add n to a number that all processes share under this name, and return it. Waits for no process."""
+        if self.world_size > 1:
+            return dist.distributed_c10d._get_default_store().add(f"dit/count/{name}", n)
+        self._counts[name] = self._counts.get(name, 0) + n
+        return self._counts[name]
+
+    def wait_for_all(self, progress):
+        """A barrier for processes that may come hours apart: it lasts as long as the number that they `count`
+        under the name `progress` grows within TIMEOUT. Once for each name."""
+        arrived, seen, since = f"past {progress}", None, time.monotonic()
+        self.count(arrived)
+        while self.count(arrived, 0) < self.world_size:
+            if seen != (seen := self.count(progress, 0)):
+                since = time.monotonic()
+            if time.monotonic() - since > TIMEOUT.total_seconds():
+                raise RuntimeError(f"another process made no progress for {TIMEOUT}")
+            time.sleep(0.1)
 
     def broadcast(self, value):
         """The main process's value of any plain data, on every process."""

@@ -3,11 +3,15 @@
 import json
 import os
 import sys
+import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from forked import finish, rows, start, start_two
 from test_autoencoder import save_vae
 from test_data import write_image
@@ -79,6 +83,40 @@ def test_same_bytes_from_any_number_of_processes(source, cache, tmp_path, count)
     )
     assert set(finish(*runs)) == {0}
     assert contents(tmp_path / "f") == contents(cache)
+
+
+def slow_down(seconds, rank=None):
+    """Processes wait 3 s for one another; one, or all, sleeps in front of each of its first batches."""
+    encode = extract_features.encode_shards
+
+    def encode_slowly(shards, dataset, autoencoder, *more):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+        moments, sleeps = autoencoder.moments, iter(seconds if os.environ["RANK"] == rank or not rank else [])
+        autoencoder.moments = lambda images: (time.sleep(next(sleeps, 0)), moments(images))[1]
+        return encode(shards, dataset, autoencoder, *more)
+
+    extract_features.encode_shards = encode_slowly
+
+
+def test_a_slow_process_keeps_the_others_from_nothing(source, cache, tmp_path):
+    before = partial(slow_down, [8], rank="1")
+    runs = start_two(arguments(source, tmp_path / "f"), tmp_path / "out", before, "extract_features")
+    assert finish(*runs) == [0, 0]
+    assert contents(tmp_path / "f") == contents(cache)
+    times = sorted(os.stat(path).st_mtime for path in (tmp_path / "f").glob("moments-*"))
+    assert times[-1] - times[30] > 1  # by then, one process had written more than half of the shards
+
+
+def test_an_unreadable_image_stops_all_processes(source, tmp_path):
+    os.system(f"cp -r {source / 'images'} {tmp_path / 'images'}")
+    bad = tmp_path / "images" / "a" / "000.png"
+    bad.write_bytes(bad.read_bytes()[:500])
+    argv = [*arguments(source, tmp_path / "f"), "--data-path", tmp_path / "images"]
+    before = partial(slow_down, [0.1] * 1000)
+    assert finish(*start_two(argv, tmp_path / "out", before, "extract_features")) == [2, 2]
+    for rank in range(2):
+        assert "000.png: cannot be read as an image" in (tmp_path / f"out.{rank}").read_text()
+    assert not (tmp_path / "f" / "moments-00049.npy").exists()  # the other did not go on to the end
 
 
 def test_same_bytes_after_a_kill(source, cache, tmp_path):
