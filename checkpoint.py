@@ -37,7 +37,7 @@ import sharding
 from autoencoder import add_vae_argument
 from diffusion import create_flow
 from download import find_file
-from interchange import is_diffusers, load_diffusers, save_diffusers
+from interchange import is_diffusers, load_diffusers, pipeline_differences, save_diffusers
 from models import DiT, DiT_models
 from runtime import Parser, UserError, is_utf8, launch, torch_defaults, whole_file
 
@@ -375,9 +375,10 @@ def initialize(model, found):
     )
 
 
-def export(found, out, weights="ema"):
+def export(found, out, weights="ema", any_classes=False):
     """Write a Checkpoint in the form that the name says: .pt for all it holds, .safetensors for the weights
-    asked for and its config, else a folder for diffusers' DiTPipeline. UserError where that cannot be."""
+    asked for and its config, else a folder for diffusers' DiTPipeline (any_classes: also where it cannot
+    guide). UserError where that cannot be. Returns what differs in that form, in lines."""
     state = {name: value.contiguous() for name, value in found.state_dict(weights).items()}
     config = {**found.config, "model": found.model_config()}
     process = config.setdefault("process", dict(learn_sigma=config["model"]["learn_sigma"]))
@@ -388,12 +389,13 @@ def export(found, out, weights="ema"):
         if weights == "raw":
             raise UserError("--weights raw: a .pt file keeps both kinds; leave it out, or give .safetensors")
         save(out, {**found.contents, "config": config})
-        return
+        return []
     try:
         if out.endswith(".safetensors"):
             _save_safetensors(out, state, config)
-        else:
-            save_diffusers(out, state, config["model"], process, vae, classes)
+            return []
+        save_diffusers(out, state, config["model"], process, vae, classes, any_classes)
+        return pipeline_differences(config["model"])
     except OSError as error:
         raise UserError(f"--out {out}: could not be written ({error.strerror or error})") from error
 
@@ -416,8 +418,12 @@ def main(args):
         found.config["process"] = create_flow(time_scale=1.0, published_sit=True).config
     if args.vae is not None:
         found.config["autoencoder"] = dict(vae=args.vae)
-    export(found, args.out, args.weights)
+    differences = export(found, args.out, args.weights, args.any_classes)
     print(f"Wrote {args.out}")
+    if differences:
+        print("Samples of diffusers' DiTPipeline are others than sample.py's:")
+        for line in differences:
+            print(f"- {line}")
 
 
 def build_parser():
@@ -432,6 +438,9 @@ def build_parser():
                         " (default: none)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="averaged weights, or those of the last step (default: ema)")
+    parser.add_argument("--any-classes", action="store_true",
+                        help="write a folder for diffusers also of a model of other than 1000 classes, which"
+                        " its DiTPipeline cannot guide (default: off)")
     parser.add_argument("--sit", action="store_true",
                         help="the weights are published ones of SiT; what is written says so (default: off)")
     add_vae_argument(parser, default=None)

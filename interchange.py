@@ -4,6 +4,10 @@ diffusers computes its timestep features with frequencies 10000^(-i/127) where D
 part in 127 of the exponent, and offers no option for it. So the same weights give slightly other pictures
 there: a model of the digits (50 steps of DDIM, guidance 2) gives pixels that differ by 1.8 of 255 on average,
 by more than 8 in one of twenty, by 33 at most.
+
+Its pipeline guides all channels of the latents, where the published code, and sample.py, guide the first
+three of four. Its null label is 1000, whatever the model: one of other than 1000 classes cannot be guided
+there. And it knows the scale of a VAE's latents, but no shift.
 """
 
 import json
@@ -38,6 +42,8 @@ EMBEDDERS = {
     "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
 }
 SCHEDULES = ("linear", "squaredcos_cap_v2")
+# What diffusers' pipeline takes for the null label, of any model:
+PIPELINE_NULL_LABEL = 1000
 
 
 def is_diffusers(folder):
@@ -151,16 +157,22 @@ def _read_json(path):
         raise UserError(f"{path}: is damaged; fetch or save the folder again ({error})") from error
 
 
-def save_diffusers(folder, state, model_config, process_config, vae, classes=None):
+def save_diffusers(folder, state, model_config, process_config, vae, classes=None, any_classes=False):
     """Write a DiTPipeline folder: transformer, VAE, a DDIM scheduler and the names of the classes.
 
-    vae   what load_autoencoder takes; diffusers' pipeline has no pixels
+    vae           what load_autoencoder takes; diffusers' pipeline has no pixels
+    any_classes   also of a model of other than 1000 classes, which cannot be guided there
     Raises UserError for a model that the pipeline cannot hold.
     """
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    check_exportable(model_config, process_config, vae)
+    check_exportable(model_config, process_config, vae, any_classes)
     autoencoder = load_autoencoder(vae, torch.device("cpu"))
+    if autoencoder.shift:
+        raise UserError(
+            f"--out: diffusers' DiTPipeline ignores the shift of a VAE's latents, {autoencoder.shift:g} for"
+            f" {vae}, and would decode others; give --out FILE.safetensors"
+        )
     heads, channels = model_config["num_heads"], model_config["in_channels"]
     peer = DiTTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=model_config["hidden_size"] // heads,
@@ -184,7 +196,22 @@ def save_diffusers(folder, state, model_config, process_config, vae, classes=Non
         json.dump(index, file, indent=2)
 
 
-def check_exportable(model_config, process_config, vae):
+def pipeline_differences(model_config):
+    """What a model's samples in diffusers' DiTPipeline differ by from those of sample.py, a line each."""
+    lines = [
+        "its timesteps have frequencies 10000^(-i/127), DiT's 10000^(-i/128): pixels differ by 2 of 255 or so"
+    ]
+    if model_config["in_channels"] == 4:
+        lines.append("it guides all 4 channels of the latents; so does sample.py with --cfg-channels all")
+    if model_config["num_classes"] != PIPELINE_NULL_LABEL:
+        lines.append(
+            f"its null label is {PIPELINE_NULL_LABEL}, this model's {model_config['num_classes']}: give it"
+            " guidance_scale=1, since it cannot guide"
+        )
+    return lines
+
+
+def check_exportable(model_config, process_config, vae, any_classes=False):
     """Raise UserError for a model that diffusers' pipeline cannot hold."""
     height, width = model_config["input_size"]
     reasons = {
@@ -206,3 +233,10 @@ def check_exportable(model_config, process_config, vae):
     for what, holds in reasons.items():
         if holds:
             raise UserError(f"--out: diffusers' DiTPipeline has no {what}; give --out FILE.safetensors")
+    classes = model_config["num_classes"]
+    if classes != PIPELINE_NULL_LABEL and not any_classes:
+        raise UserError(
+            f"--out: diffusers' DiTPipeline, whose null label is {PIPELINE_NULL_LABEL}, cannot guide a"
+            f" model of {classes} classes; give --any-classes to export it for guidance_scale=1, or give"
+            " --out FILE.safetensors"
+        )

@@ -68,7 +68,7 @@ def test_safetensors_round_trip(ckpt, tmp_path, monkeypatch, weights):
 
 @pytest.mark.parametrize("dtype, device", OTHER_DEFAULTS)
 def test_pipelines_load_under_any_default(ckpt, tmp_path, dtype, device):
-    checkpoint.export(checkpoint.load(ckpt), str(tmp_path / "pipeline"))
+    checkpoint.export(checkpoint.load(ckpt), str(tmp_path / "pipeline"), any_classes=True)
     expected = checkpoint.load(str(tmp_path / "pipeline")).state_dict()
     with other_defaults(dtype, device):
         found = checkpoint.load(str(tmp_path / "pipeline")).state_dict()
@@ -85,12 +85,47 @@ def test_bare_safetensors_export(tmp_path, monkeypatch):
     assert found.config["model"] == model.config and found.config["process"]["learn_sigma"]
 
 
-def test_pipeline_loads_offline_and_makes_an_image(ckpt, tmp_path, monkeypatch):
+def test_pipeline_of_1000_classes_samples_by_its_defaults(vae, tmp_path, monkeypatch, capsys):
+    from diffusers import DiTPipeline
+
+    model = load_rule_weights(build_tiny(num_classes=1000), 0.1)
+    config = dict(model=model.config, autoencoder=dict(vae=str(vae)))
+    checkpoint.save(str(tmp_path / "run.pt"), dict(ema=model.state_dict(), config=config))
+    export(monkeypatch, "--ckpt", tmp_path / "run.pt", "--out", tmp_path / "pipeline")
+    said = capsys.readouterr().out
+    assert "frequencies 10000^(-i/127)" in said and "it guides all 4 channels" in said
+    assert "null label" not in said
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([207], num_inference_steps=4, generator=generator, output_type="np", **options).images
+
+    assert sample().shape == (1, 32, 32, 3) and not (sample() == sample(guidance_scale=1.0)).all()
+
+
+def test_a_vae_with_a_shift_is_refused(ckpt, tmp_path, monkeypatch, capsys):
+    save_vae(tmp_path / "shifted", shift_factor=0.25)
+    argv = ["--ckpt", ckpt, "--out", tmp_path / "out", "--vae", tmp_path / "shifted", "--any-classes"]
+    with pytest.raises(SystemExit):
+        export(monkeypatch, *argv)
+    message = capsys.readouterr().err
+    assert re.search(r"--out: .*ignores the shift .*0.25.*give --out FILE.safetensors", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pipeline_loads_offline_and_makes_an_image(ckpt, tmp_path, monkeypatch, capsys):
     from diffusers import DiTPipeline
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "pipeline"
-    export(monkeypatch, "--ckpt", ckpt, "--out", folder)
+    with pytest.raises(SystemExit):
+        export(monkeypatch, "--ckpt", ckpt, "--out", folder)
+    assert "a model of 10 classes; give --any-classes" in capsys.readouterr().err
+    assert not folder.exists()
+    export(monkeypatch, "--ckpt", ckpt, "--out", folder, "--any-classes")
+    assert "its null label is 1000, this model's 10: give it guidance_scale=1" in capsys.readouterr().out
     pipeline = DiTPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.labels["class 7"] == 7
@@ -102,7 +137,7 @@ def test_pipeline_loads_offline_and_makes_an_image(ckpt, tmp_path, monkeypatch):
 
 
 def test_a_diffusers_folder_loads_back_bitwise(ckpt, tmp_path, monkeypatch):
-    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline")
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline", "--any-classes")
     for part in ("", "transformer"):
         found = checkpoint.load(str(tmp_path / "pipeline" / part))
         assert_same(found.state_dict(), checkpoint.load(ckpt).state_dict())
@@ -116,7 +151,7 @@ def test_a_diffusers_folder_loads_back_bitwise(ckpt, tmp_path, monkeypatch):
 def test_a_hub_id_is_fetched(ckpt, tmp_path, monkeypatch):
     import huggingface_hub
 
-    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline")
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline", "--any-classes")
     asked = []
 
     def fetch(name, allow_patterns):
@@ -143,7 +178,7 @@ def test_embedders_that_differ_are_refused():
 
 
 def test_other_configs_are_refused(ckpt, tmp_path, monkeypatch):
-    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline")
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline", "--any-classes")
     path = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(dict(config, beta_end=0.03)))
