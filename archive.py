@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from runtime import UserError
+from runtime import UserError, is_locked
 
 CHUNK = 2**24  # bytes read at a time
 # What zipfile and numpy raise for a file that is damaged, or something else:
@@ -54,12 +54,20 @@ class SampleArchive:
         """Keep other runs out of the folder, which must exist; called by one process alone.
 
         Raises UserError where another run is at it."""
-        try:
+        with contextlib.suppress(Timeout):
             self.lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self.folder}: another run is writing there; wait for it, or give another --sample-dir"
-            ) from None
+            return
+        self._refuse()
+
+    def check_free(self):
+        """Raise UserError as acquire does, without making a file."""
+        if is_locked(self.lock.lock_file):
+            self._refuse()
+
+    def _refuse(self):
+        raise UserError(
+            f"{self.folder}: another run is writing there; wait for it, or give another --sample-dir"
+        )
 
     def is_whole(self):
         """Whether the .npz is there, has the shape of all samples, and every byte the zip's checksum.

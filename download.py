@@ -44,8 +44,20 @@ def find_file(name, flag="--ckpt"):
         return name
     if name in PRETRAINED_MODELS:
         return download_model(name)
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith((".pt", ".safetensors"))
-    return download_pipeline(name, flag) if is_hub_id else name
+    return download_pipeline(name, flag) if _is_hub_id(name) else name
+
+
+def find_local(name):
+    """As find_file, but None for what would have to be fetched."""
+    if name in PRETRAINED_MODELS and not os.path.exists(name):
+        name = os.path.join(PRETRAINED_FOLDER, name)
+        return name if os.path.exists(name) else None
+    return None if _is_hub_id(name) else name
+
+
+def _is_hub_id(name):
+    is_one = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith((".pt", ".safetensors"))
+    return bool(is_one) and not os.path.exists(name)
 
 
 def download_pipeline(name, flag="--ckpt"):
@@ -74,6 +86,12 @@ def download_inception(folder=PRETRAINED_FOLDER, url=None):
     was there before is for the one who loads it to check."""
     url = url or INCEPTION_URL + INCEPTION_WEIGHTS
     return _fetch(url, folder, INCEPTION_WEIGHTS, lambda path: sha256_of(path) == INCEPTION_SHA256)
+
+
+def local_inception():
+    """The path of the Inception network's weights, or None where they would have to be fetched."""
+    path = os.path.join(PRETRAINED_FOLDER, INCEPTION_WEIGHTS)
+    return path if os.path.exists(path) else None
 
 
 def sha256_of(path):

@@ -28,7 +28,8 @@ import torch
 from filelock import FileLock, Timeout
 
 import checkpoint
-from runtime import UserError, identify, is_gone, reason_of, set_precision, whole_file
+from images import check_folder
+from runtime import UserError, identify, is_gone, is_locked, reason_of, set_precision, whole_file
 
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
@@ -69,7 +70,7 @@ class Experiment:
     def __init__(self, args, agents=()):
         self.resumed, self.lock, self.agents = None, None, sorted({*agents} - {None})
         with refusing(args):
-            os.makedirs(args.results_dir, exist_ok=True)
+            self._open(args.results_dir)
             if args.resume == "auto":
                 self.folder = self._find_restarted(args) or self._find_unfinished(args)
             elif args.resume == "never":
@@ -81,6 +82,9 @@ class Experiment:
                 self.folder = self._create(args)
             else:
                 self.resumed = self.resumed or checkpoint.latest(self.checkpoints)
+
+    def _open(self, results_dir):
+        os.makedirs(results_dir, exist_ok=True)
 
     def go_on(self, args):
         """Make the folder that of a run which goes on from `resumed`, with these options. UserError where it
@@ -197,10 +201,7 @@ class Experiment:
 
     def _create(self, args):
         """Make results/NNN-DiT-XL-2 under the next free number, with args.json; returns its path."""
-        name = args.model.replace("/", "-") + (f"-{args.preset}" if args.preset else "")
-        taken = numbered_runs(args.results_dir).values()
-        for number in itertools.count(max(taken, default=-1) + 1):
-            folder = os.path.join(args.results_dir, f"{number:03d}-{name}")
+        for folder in free_folders(args):
             try:
                 os.mkdir(folder)
                 break
@@ -224,6 +225,31 @@ class Experiment:
         self.lock.release()
 
 
+class Foreseen(Experiment):
+    """What Experiment would find or make, for --dry-run: nothing is written, and no folder is held."""
+
+    def _open(self, results_dir):
+        check_folder(results_dir, "--results-dir")
+
+    def _acquire(self, folder):
+        self.lock = FileLock(os.path.join(folder, ".lock"))  # never acquired, since that makes the file
+        if is_locked(self.lock.lock_file) and not is_gone(read_note(folder, OWNER)):
+            return False
+        check_folder(folder, "--results-dir")
+        return True
+
+    def _create(self, args):
+        return next(free_folders(args))
+
+
+def free_folders(args):
+    """Where a new run's folder may be made: results/NNN-DiT-XL-2 under the next free number, and so on."""
+    name = args.model.replace("/", "-") + (f"-{args.preset}" if args.preset else "")
+    taken = numbered_runs(args.results_dir).values()
+    for number in itertools.count(max(taken, default=-1) + 1):
+        yield os.path.join(args.results_dir, f"{number:03d}-{name}")
+
+
 @contextlib.contextmanager
 def refusing(args):
     """Turn a failure to write into a UserError that names the flag."""
@@ -237,7 +263,8 @@ def refusing(args):
 
 def numbered_runs(results_dir):
     """{name: number} of what stands in a --results-dir under a name that begins with a number."""
-    matches = map(re.compile(r"\d+").match, os.listdir(results_dir))
+    names = os.listdir(results_dir) if os.path.isdir(results_dir) else []
+    matches = map(re.compile(r"\d+").match, names)
     return {found.string: int(found[0]) for found in matches if found}
 
 

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from autoencoder import add_vae_argument, describe_vae, load_autoencoder
+from autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
 from data import MANIFEST, Guarded, open_dataset, read_batches
+from images import check_folder
 from runtime import (
     Parser,
     UserError,
@@ -67,17 +68,22 @@ def main(args):
             f"--image-size {args.image_size}: must be divisible by {factor} (the VAE's downsampling)"
         )
     logger = create_logger(enabled=processes.is_main)
-    if args.dry_run:
-        logger.info(f"{len(dataset):,} images, {len(dataset.classes)} classes; nothing was written.")
-        return
-    autoencoder = load_autoencoder(args.vae, processes.device)
-
-    # Begin a cache, or go on with an unfinished one:
-    manifest = dict(
-        complete=False, vae=autoencoder.config, image_size=args.image_size, classes=dataset.classes,
-        count=len(dataset), shard_size=shard_size(len(dataset)), precision=args.precision,
+    described = dict(
+        image_size=args.image_size, classes=dataset.classes, count=len(dataset),
+        shard_size=shard_size(len(dataset)), precision=args.precision,
         images=fingerprint(dataset.samples, processes),
     )  # fmt: skip
+    if args.dry_run:
+        state = processes.on_main(foresee, args, described)
+        logger.info(
+            f"{len(dataset):,} images, {len(dataset.classes)} classes, into {args.features_path}, {state};"
+            " nothing was written."
+        )
+        return
+    autoencoder = load_autoencoder(args.vae, processes.device)
+    manifest = dict(complete=False, vae=autoencoder.config, **described)
+
+    # Begin a cache, or go on with an unfinished one:
     if processes.on_main(begin, args.features_path, manifest):
         logger.info(f"{args.features_path} is complete; remove it to extract again")
         return
@@ -135,31 +141,51 @@ def begin(folder, manifest):
 
     Raises UserError where it holds another.
     """
-    path = os.path.join(folder, MANIFEST)
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(path):
-            with open(path) as file:
-                try:
-                    found = json.load(file)
-                except ValueError as error:
-                    raise UserError(f"{path}: cannot be read; remove the folder and extract again") from error
-            for name in manifest.keys() - {"complete"}:
-                if found.get(name) != manifest[name]:
-                    raise UserError(
-                        f"--features-path {folder}: holds a cache of other {name.replace('_', ' ')}; give"
-                        " another folder, or remove it"
-                    )
-            if found["complete"]:  # what a kill between the last manifest and its notes left
-                for name in os.listdir(folder):
-                    if name.startswith("shard-") or name.endswith(".tmp"):
-                        os.remove(os.path.join(folder, name))
-            return found["complete"]
-        with whole_file(path) as file:
-            json.dump(manifest, file, indent=1)
+        found = read_cache(folder, manifest)
+        if found is None:
+            with whole_file(os.path.join(folder, MANIFEST)) as file:
+                json.dump(manifest, file, indent=1)
+        elif found["complete"]:  # what a kill between the last manifest and its notes left
+            for name in os.listdir(folder):
+                if name.startswith("shard-") or name.endswith(".tmp"):
+                    os.remove(os.path.join(folder, name))
+        return found is not None and found["complete"]
     except OSError as error:
         raise UserError(f"--features-path {folder}: cannot be written to ({error.strerror})") from error
-    return False
+
+
+def read_cache(folder, manifest):
+    """The manifest that a folder holds, or None. UserError where it is another cache's than this manifest,
+    or part of one, says."""
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        try:
+            found = json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read; remove the folder and extract again") from error
+    for name in manifest.keys() - {"complete"}:
+        if found.get(name) != manifest[name]:
+            raise UserError(
+                f"--features-path {folder}: holds a cache of other {name.replace('_', ' ')}; give"
+                " another folder, or remove it"
+            )
+    return found
+
+
+def foresee(args, manifest):
+    """Check what begin would, and a VAE that is at hand, for --dry-run, without writing anything; returns in
+    words what the folder holds."""
+    check_folder(args.features_path, "--features-path")
+    if os.path.isdir(resolve_vae(args.vae)):
+        manifest = dict(manifest, vae=load_autoencoder(args.vae, "cpu").config)
+    found = read_cache(args.features_path, manifest)
+    if found is None:
+        return "which holds none yet"
+    return "which is complete" if found["complete"] else "where those that are missing would be added"
 
 
 def encode_shards(shards, dataset, autoencoder, manifest, args, processes):

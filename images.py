@@ -3,6 +3,7 @@
 Images are float (N, C, H, W), of 1 or 3 channels.
 """
 
+import errno
 import os
 import tempfile
 
@@ -67,3 +68,21 @@ def make_folder(path, flag):
             pass
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written to ({error.strerror})") from error
+
+
+def check_folder(path, flag):
+    """Raise UserError as make_folder would, as far as that shows without anything being written."""
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        code = errno.EEXIST if place == os.path.abspath(path) else errno.ENOTDIR
+        raise UserError(f"{flag} {path}: cannot be written to ({os.strerror(code)})")
+    try:
+        # A file without a name, which leaves nothing, on file systems that have such:
+        os.close(os.open(place, os.O_TMPFILE | os.O_WRONLY))
+    except (AttributeError, OSError) as error:
+        unknown = getattr(error, "errno", None) in (None, errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+        if not unknown or not os.access(place, os.W_OK | os.X_OK):
+            reason = os.strerror(errno.EACCES) if unknown else error.strerror
+            raise UserError(f"{flag} {path}: cannot be written to ({reason})") from error

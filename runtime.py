@@ -88,6 +88,18 @@ def _remove_abandoned(path):
             os.remove(temporary)
 
 
+def is_locked(path):
+    """Whether a process holds this lock of filelock's; nothing is written, and no file is made."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def out_of_memory(error):
     """Whether an exception says that memory ran out, a GPU's or the machine's."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -14,7 +14,7 @@ import os
 from itertools import cycle, islice
 
 from data import is_image
-from images import make_folder, save_gif, save_grid, save_image, to_uint8
+from images import check_folder, make_folder, save_gif, save_grid, save_image, to_uint8
 from labels import class_names, resolve_labels
 from runtime import Parser, UserError, launch, set_precision, start_processes
 from sampler import (
@@ -61,19 +61,20 @@ def main(args):
         check_published_draws(seeds, settled)
     if args.out:
         check_out(args.out, count)
-    if args.dry_run:
-        print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
-        return
     for name in ("sample.png", *(["sample.gif"] if args.gif else [])):
         if os.path.isdir(name):
             raise UserError(f"{name}: is a folder; remove it, or sample elsewhere")
-    make_folder(os.getcwd(), "working folder")
-    if args.out:
-        make_folder(args.out, "--out")
-
-    # Load the model:
     processes = start_processes()
     precision = set_precision(args.precision, processes.device)
+    prepare_folder = check_folder if args.dry_run else make_folder
+    prepare_folder(os.getcwd(), "working folder")
+    if args.out:
+        prepare_folder(args.out, "--out")
+    if args.dry_run:
+        print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
+        return
+
+    # Load the model:
     sampler = plan.build(processes.device, precision, args.compile, args.cuda_graphs)
 
     # Sample:

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 import checkpoint
 from archive import SampleArchive
 from autoencoder import PUBLISHED_VAES, resolve_vae
-from images import make_folder, save_image, to_uint8
+from download import find_local
+from images import check_folder, make_folder, save_image, to_uint8
 from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
 from sampler import (
     DRAWS,
@@ -64,17 +65,19 @@ def main(args):
     plan.check_pictures()
     if args.labels == "balanced" and not plan.model_config["num_classes"]:
         raise UserError("--labels balanced: this model is unconditional; leave it out")
-    if args.dry_run:
-        print(f"Would sample to {folder_name(args, plan, options)}; options are sound, nothing was written.")
-        return
-
-    # Find what is there of this run, or make its folder:
     precision = set_precision(args.precision or (None if args.tf32 else "fp32"), processes.device)
     folder = os.path.join(args.sample_dir, folder_name(args, plan, options))
     archive = SampleArchive(
         f"{folder}.npz", folder, (args.num_fid_samples, *plan.image_size, 3), args.per_proc_batch_size,
         has_labels=plan.model_config["num_classes"] > 0,
     )  # fmt: skip
+    if args.dry_run:
+        would = processes.on_main(foresee, args, plan, options, precision, archive)
+        if processes.is_main:
+            print(f"Would {would} {os.path.basename(folder)}; options are sound, nothing was written.")
+        return
+
+    # Find what is there of this run, or make its folder:
     done, is_whole, draws = processes.on_main(begin, args, plan, options, precision, archive)
     logger = create_logger(enabled=processes.is_main)
     if is_whole:
@@ -146,6 +149,31 @@ def begin(args, plan, options, precision, archive):
     """Make the folder and the JSON of settings, or check that they are this run's; then see what is there.
 
     Returns what SampleArchive.begin does, and the rule of its draws, see SampleNoise."""
+    settings = describe(args, plan, options, precision)
+    make_folder(args.sample_dir, "--sample-dir")
+    make_folder(archive.folder, "--sample-dir")
+    archive.acquire()  # before anything is looked at, which another run may be just making
+    settings["draws"] = check_found(archive, settings)
+    with whole_file(f"{archive.folder}.json") as file:
+        versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
+        json.dump(dict(versions, settings=settings), file, indent=1)
+    return *archive.begin(), settings["draws"]
+
+
+def foresee(args, plan, options, precision, archive):
+    """Check what begin would, for --dry-run, without writing anything or fetching weights; returns in words
+    what would be done in the folder."""
+    for folder in (args.sample_dir, archive.folder):
+        check_folder(folder, "--sample-dir")
+    archive.check_free()
+    is_local = all(find_local(path) for path in (args.ckpt, args.guide) if path)
+    settings = describe(args, plan, options, precision) if is_local else {}
+    check_found(archive, settings)
+    return "continue" if os.path.exists(f"{archive.folder}.json") else "sample to"
+
+
+def describe(args, plan, options, precision):
+    """All that decides what is sampled, as plain data."""
     settings = dict(
         weights=fingerprint(plan.checkpoint.state_dict(args.weights)), which_weights=args.weights,
         guide=plan.guide and fingerprint(plan.guide.checkpoint.state_dict()),
@@ -154,31 +182,34 @@ def begin(args, plan, options, precision, archive):
         per_proc_batch_size=args.per_proc_batch_size, precision=precision, compile=args.compile, png=args.png,
         draws=DRAWS,
     )  # fmt: skip
-    path = f"{archive.folder}.json"
-    make_folder(args.sample_dir, "--sample-dir")
-    make_folder(archive.folder, "--sample-dir")
-    archive.acquire()  # before anything is looked at, which another run may be just making
+    return json.loads(json.dumps(settings))
+
+
+def check_found(archive, settings):
+    """Raise UserError where the folder holds samples of other settings, or something else; returns the rule
+    of draws of what it holds, or the present one."""
+    path, draws = f"{archive.folder}.json", DRAWS
     if os.path.exists(path):
         try:
             with open(path) as file:
                 found = json.load(file)["settings"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: cannot be read; remove it and its folder") from error
-        if found.setdefault("draws", 1) == 1:  # begun by an earlier version, and continued by its rule
-            settings["draws"] = 1
-        for name, value in json.loads(json.dumps(settings)).items():
+        draws = found.get("draws", 1)
+        if draws == 1:  # begun by an earlier version, and continued by its rule
+            settings = {**settings, "draws": found.setdefault("draws", 1)}
+        for name, value in settings.items():
             if found.get(name) != value:
                 raise UserError(
                     f"{archive.folder}: holds samples with other {name.replace('_', '-')}"
                     f"{_short(found.get(name))}; remove it, or give another --sample-dir"
                 )
-    elif os.path.exists(archive.path) or set(os.listdir(archive.folder)) - {".lock"}:
+        return draws
+    others = os.path.isdir(archive.folder) and set(os.listdir(archive.folder)) - {".lock"}
+    if os.path.exists(archive.path) or others:
         there = archive.path if os.path.exists(archive.path) else archive.folder
         raise UserError(f"{there}: is there without its .json; remove it, or give another --sample-dir")
-    with whole_file(path) as file:
-        versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
-        json.dump(dict(versions, settings=settings), file, indent=1)
-    return *archive.begin(), settings["draws"]
+    return draws
 
 
 def _short(value):

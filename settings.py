@@ -272,8 +272,8 @@ def describe_data(args, dataset):
     )  # fmt: skip
 
 
-def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size):
-    """What --dry-run shows."""
+def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size, run, initial):
+    """What --dry-run shows. run, initial: in words, which run this would be, and its first weights."""
     with torch.device("meta"):
         model = DiT(**model_config)
     parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
@@ -292,6 +292,9 @@ def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size):
         f"{total / steps_per_epoch:.1f} epochs, {3 * 2 * macs * args.global_batch_size / 1e12:.2f}"
         " TFLOP a step"
     )
+    if initial:
+        print(f"weights      {initial}")
+    print(f"run          {run}")
     print("Options are sound; nothing was written.")
 
 
@@ -306,7 +309,8 @@ def build_parser(description=None):
     parser.add_argument("--preset", choices=list(PRESETS), default=None,
                         help="defaults for all other options; one given by hand wins (default: none)")
     parser.add_argument("--dry-run", action="store_true",
-                        help="check options and data, show the plan, write nothing (default: off)")
+                        help="check all that a start would, show the plan and which run it would begin or"
+                        " continue, write nothing (default: off)")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="folder",

@@ -29,17 +29,19 @@ from tqdm.auto import tqdm
 
 import checkpoint
 import sharding
+from autoencoder import resolve_vae
 from data import BatchOrder, Guarded, hold_out, read_batches
 from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from download import find_file
-from experiment import Best, Experiment, Meter, Metrics, comparable, memory_gib, peak_flops
+from download import find_file, find_local, local_inception
+from experiment import Best, Experiment, Foreseen, Meter, Metrics, comparable, memory_gib, peak_flops
 from images import make_folder, save_gif, save_grid
 from inception import SampleFID, share_of
 from models import DiT, count_macs
 from runtime import (
     EVALUATION,
     STEP,
+    Processes,
     StopRequest,
     Tolerance,
     UserError,
@@ -102,9 +104,12 @@ def main(args):
                 problem = held_out[(row, False)][2]
                 if problem and not args.skip_bad_images:
                     raise UserError(problem)
+    data = describe_data(args, dataset)
     if args.dry_run:
+        config = dict(model=model_config, process=process.config, data=data)
+        words = processes.on_main(foresee, args, dataset, config, total)
         if processes.is_main:
-            print_plan(args, dataset, model_config, total, steps_per_epoch, world_size)
+            print_plan(args, dataset, model_config, total, steps_per_epoch, world_size, *words)
         return
 
     # Load the autoencoder and the weights to start from, which can fail, before anything is written:
@@ -114,10 +119,7 @@ def main(args):
         if args.init_from:
             initial = checkpoint.load(find_file(args.init_from, "--init-from"), "--init-from")
         if args.fid_ref:
-            fid = SampleFID(
-                args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
-                sampling=sampling_defaults(args, FID_CFG_SCALE), processes=processes,
-            )  # fmt: skip
+            fid = open_fid(args, processes)
 
     # Find the run to continue, or make a folder:
     experiment, folder, resume_path = find_run(args, processes)
@@ -136,7 +138,7 @@ def main(args):
     start = 0
     config = dict(
         model=model.config, process=process.config, autoencoder=autoencoder.config,
-        data=describe_data(args, dataset), sampling=given_sampling(args),
+        data=data, sampling=given_sampling(args),
     )  # fmt: skip
     if resume_path:
         start, changes = restore(resume_path, args, config, total, trainer, meter)
@@ -535,6 +537,44 @@ def find_run(args, processes):
     return experiment, folder, resume_path
 
 
+def open_fid(args, processes):
+    """What computes --fid-ref's FID."""
+    return SampleFID(
+        args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
+        sampling=sampling_defaults(args, FID_CFG_SCALE), processes=processes,
+    )  # fmt: skip
+
+
+def foresee(args, dataset, config, total):
+    """Check what a start would still check, for --dry-run, as far as that can be without a download; returns
+    in words which run it would be, and its first weights. One process alone calls it; it writes nothing.
+
+    config: of the model, process and data, as in a checkpoint
+    """
+    alone = Processes(0, 1, torch.device("cpu"))
+    if os.path.isdir(resolve_vae(args.vae)):
+        open_autoencoder(args, dataset, alone.device)
+    if args.fid_ref and (args.inception_weights or local_inception()):
+        open_fid(args, alone)
+    initial = ""
+    if args.init_from:
+        path = find_local(args.init_from)
+        initial = f"from {args.init_from}, which has to be fetched first and was not checked"
+        if path is not None:
+            with torch.device("meta"):
+                model = DiT(**config["model"])
+            initial = checkpoint.initialize(model, checkpoint.load(path, "--init-from"))
+    experiment = Foreseen(args)
+    if experiment.resumed:
+        contents, _, changes = open_run(experiment.resumed, args, config, total)
+        run = f"continues after step {contents['step']:,} from {experiment.resumed}{changes}"
+    elif os.path.exists(experiment.folder):
+        run = f"begins {experiment.folder} again, which has no checkpoint"
+    else:
+        run = f"a new one, in {experiment.folder}"
+    return run, initial
+
+
 def prepare(model, ema, args, processes):
     """Compile and checkpoint the model's blocks as asked, and share its work, or its weights, among
     processes."""
@@ -571,7 +611,24 @@ def restore(path, args, config, total, trainer, meter):
 
     Raises UserError, with nothing changed, where it is of another model or process, or beyond the last step.
     """
-    processes = trainer.processes
+    contents, found, changes = open_run(path, args, config, total)
+    if args.shard:
+        sharding.restore(path, trainer.model, trainer.ema, trainer.optimizer, contents["step"])
+    else:
+        checkpoint.load_weights(trainer.model, found.state_dict("raw"), path, "--resume")
+        checkpoint.load_weights(trainer.ema, found.state_dict("ema"), path, "--resume")
+        trainer.optimizer.load_state_dict(contents["opt"])
+        for group in trainer.optimizer.param_groups:  # as given now, should it differ
+            group["weight_decay"] = args.weight_decay
+    trainer.timestep_sampler.load_state_dict(contents["timestep_sampler"])
+    meter.load_state_dicts(contents["meter"], trainer.processes)
+    return contents["step"], changes
+
+
+def open_run(path, args, config, total):
+    """Read a checkpoint that a run is to go on from; returns its plain contents, the Checkpoint, None where
+    it is of shards, and in words what options are others now. Raises UserError as restore."""
+    found = None
     if args.shard:
         if not os.path.isdir(path):
             raise UserError(
@@ -584,17 +641,7 @@ def restore(path, args, config, total, trainer, meter):
     changes = check_same_run(path, contents, config, args)
     if total < contents["step"]:
         raise UserError(f"--max-steps {total}: {path} is beyond that; give at least {contents['step']}")
-    if args.shard:
-        sharding.restore(path, trainer.model, trainer.ema, trainer.optimizer, contents["step"])
-    else:
-        checkpoint.load_weights(trainer.model, found.state_dict("raw"), path, "--resume")
-        checkpoint.load_weights(trainer.ema, found.state_dict("ema"), path, "--resume")
-        trainer.optimizer.load_state_dict(contents["opt"])
-        for group in trainer.optimizer.param_groups:  # as given now, should it differ
-            group["weight_decay"] = args.weight_decay
-    trainer.timestep_sampler.load_state_dict(contents["timestep_sampler"])
-    meter.load_state_dicts(contents["meter"], processes)
-    return contents["step"], changes
+    return contents, found, changes
 
 
 def check_same_run(path, contents, config, args):

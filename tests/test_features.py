@@ -253,6 +253,30 @@ def test_damaged_caches(source, cache, tmp_path):
         LatentCache(str(tmp_path))
 
 
+def test_dry_run(source, cache, tmp_path, monkeypatch, capsys):
+    """Says what the folder holds, refuses what an extraction would, and writes nothing."""
+
+    def dry(folder, *argv):
+        words = ["extract_features.py", *arguments(source, folder), *argv, "--dry-run"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            launch(extract_features.main, extract_features.build_parser())
+            said = capsys.readouterr().out
+        except SystemExit:
+            said = capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+        return said.splitlines()[-1]
+
+    (tmp_path / "file").write_text("")
+    assert "features, which holds none yet; nothing was written" in dry(tmp_path / "features")
+    assert "which is complete; nothing was written" in dry(cache)
+    assert "holds a cache of other image size" in dry(cache, "--image-size", 20)
+    other = save_vae(tmp_path / "vae", scaling_factor=0.5)
+    assert "holds a cache of other vae" in dry(cache, "--vae", other)
+    assert dry(tmp_path / "file" / "f").endswith("file/f: cannot be written to (Not a directory)")
+
+
 def test_refused_extractions(source, cache, tmp_path, monkeypatch, capsys):
     def refusal(*argv):
         words = ["extract_features.py", *arguments(source, tmp_path / "f"), *argv]

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import forked
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_tiny, load_rule_weights
+from filelock import FileLock
 from PIL import Image
 from test_runtime import at_once
 
@@ -451,8 +453,9 @@ def test_other_settings_never_mix(ckpt, tmp_path, monkeypatch, capsys, more, nam
     run(monkeypatch, *argv(ckpt, tmp_path, count=14))
     before = npz_of(tmp_path).read_bytes()
     capsys.readouterr()
-    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, count=14), *more)
-    assert f"holds samples with other {name}; remove it, or give another --sample-dir" in message
+    for dry in (["--dry-run"], []):
+        message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path, count=14), *more, *dry)
+        assert f"holds samples with other {name}; remove it, or give another --sample-dir" in message
     assert npz_of(tmp_path).read_bytes() == before
 
 
@@ -475,6 +478,23 @@ def test_folders_of_other_settings_have_other_names(ckpt, tmp_path, monkeypatch,
     assert len(set(lines)) == 7 and not (tmp_path / "samples").exists()
     name = "DiT-2x64p2-run-size-8-vae-none-cfg-2.0-steps-8-sampler-ddpm-seed-0-labels-random"
     assert name in lines[0]
+
+
+def test_dry_run(ckpt, tmp_path, monkeypatch, capsys):
+    """Says whether samples would be added to what is there, refuses what a run would, and writes nothing."""
+    dry = [*argv(ckpt, tmp_path / "samples", count=14), "--dry-run"]
+    run(monkeypatch, *dry)
+    assert "Would sample to DiT-2x64p2-run-" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    run(monkeypatch, *dry[:-1])
+    before = sorted(tmp_path.rglob("*"))
+    run(monkeypatch, *dry)
+    assert "Would continue DiT-2x64p2-run-" in capsys.readouterr().out
+    (folder,) = filter(Path.is_dir, (tmp_path / "samples").iterdir())
+    with FileLock(folder / ".lock"):
+        assert "another run is writing there; wait for it" in refusal(monkeypatch, capsys, *dry)
+    assert sorted(tmp_path.rglob("*")) == before
+    folder.with_name(f"{folder.name}.json").unlink()
+    assert "is there without its .json" in refusal(monkeypatch, capsys, *dry)
 
 
 def test_two_runs_in_one_folder(ckpt, tmp_path, monkeypatch, capsys):
@@ -513,7 +533,8 @@ def test_two_runs_that_start_at_once(ckpt, tmp_path, capsys):
 
 def test_unwritable_folder(ckpt, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path / "file" / "samples"))
+    for dry in ([], ["--dry-run"]):
+        message = refusal(monkeypatch, capsys, *argv(ckpt, tmp_path / "file" / "samples"), *dry)
     assert message == f"--sample-dir {tmp_path}/file/samples: cannot be written to (Not a directory)"
 
 

@@ -548,6 +548,24 @@ def test_out_never_mixes_two_runs(ckpt, tmp_path, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "files").iterdir()} == {*first, "notes.txt", "cat.JPG"}
 
 
+def test_dry_run_refuses_where_nothing_could_be_written(ckpt, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "sample.gif").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for options, message in (
+        (["--out", "file/files"], "--out file/files: cannot be written to (Not a directory)"),
+        (["--out", "file"], "--out file: cannot be written to (File exists)"),
+        (["--gif"], "sample.gif: is a folder; remove it, or sample elsewhere"),
+        (["--precision", "tf32"], "--precision tf32: cpu has none; use fp32"),
+    ):
+        for dry in (["--dry-run"], []):
+            with pytest.raises(SystemExit):
+                run(monkeypatch, "--ckpt", ckpt, *options, *dry)
+            assert message in capsys.readouterr().err
+    run(monkeypatch, "--ckpt", ckpt, "--out", "new/files", "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_published_draws_by_command(ckpt, monkeypatch):
     options = ["--class-labels", 3, 4, "--published-draws", "--sampler", "ddpm", "--num-sampling-steps", 4]
     run(monkeypatch, "--ckpt", ckpt, *options, "--seed", 7, "--out", "files")

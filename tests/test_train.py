@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from PIL import Image
 from test_autoencoder import save_vae
 from test_data import write_image
@@ -78,7 +80,9 @@ def test_guidance_that_was_not_asked_for(tmp_path, monkeypatch, capsys):
 def test_run_folder(finished):
     assert sorted(os.listdir(finished)) == [
         ".finished",
+        ".job",
         ".lock",
+        ".owner",
         "args.json",
         "checkpoints",
         "log.txt",
@@ -332,6 +336,74 @@ def test_dry_run_writes_nothing(images, capsys):
     run(*"--data-path images --global-batch-size 2 --dry-run".split())
     out = capsys.readouterr().out
     assert "DiT-XL/2: 673," in out and "6 images, 2 classes" in out and not os.path.exists("results")
+
+
+def files_and_times(root):
+    return {path: path.lstat().st_mtime_ns for path in [root, *root.rglob("*")]}
+
+
+def test_dry_run_says_which_run_it_would_be(finished, tmp_path, capsys):
+    results = tmp_path / "results"
+    argv = [*SMALL, "--max-steps", 12, "--ckpt-every", 5, "--no-learn-sigma", "--results-dir", results]
+
+    def plan(*more):
+        before = files_and_times(tmp_path)
+        run(*argv, "--dry-run", *more)
+        assert files_and_times(tmp_path) == before
+        line = re.search(r"^run {10}(.*)", capsys.readouterr().out, re.MULTILINE)[1]
+        return line.replace(f"{results}/", "")
+
+    assert plan() == "a new one, in 000-DiT-S-2"
+    shutil.copytree(finished, results / "002-DiT-S-2")
+    assert plan() == "a new one, in 003-DiT-S-2"  # that one is finished
+    newest = "002-DiT-S-2/checkpoints/0000012.pt"
+    longer = plan("--resume", results / "002-DiT-S-2", "--max-steps", 20, "--lr", 0.5)
+    assert longer.startswith(f"continues after step 12 from {newest}; now ")
+    assert "; now lr 0.5 (was 0.001)" in longer
+    given = results / "002-DiT-S-2" / "checkpoints" / "0000005.pt"
+    assert plan("--resume", given) == "continues after step 5 from 002-DiT-S-2/checkpoints/0000005.pt"
+    (results / "002-DiT-S-2" / ".finished").unlink()
+    assert plan() == f"continues after step 12 from {newest}"
+    assert plan("--resume", "never") == "a new one, in 003-DiT-S-2"
+    with FileLock(results / "002-DiT-S-2" / ".lock"):  # as while it runs
+        (results / "002-DiT-S-2" / ".owner").unlink(missing_ok=True)
+        assert plan() == "a new one, in 003-DiT-S-2"
+    shutil.rmtree(results / "002-DiT-S-2" / "checkpoints")
+    assert plan() == "begins 002-DiT-S-2 again, which has no checkpoint"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--init-from missing.pt", "--init-from missing.pt: no such file"),
+        ("--init-from junk.pt", "junk.pt: not a checkpoint, or cut short; give a complete"),
+        ("--init-from RUN/checkpoints/0000012.pt --hidden-size 64", "0000012.pt: no block of it fits"),
+        ("--resume missing", "missing: no run's folder (no args.json); give results/NNN-…"),
+        ("--resume RUN/checkpoints/0000007.pt", "0000007.pt: no such checkpoint; give one of that folder's"),
+        ("--resume RUN --hidden-size 64", "its hidden size is 32, by these options 64; give the run's own"),
+        ("--resume RUN --max-steps 10", "RUN/checkpoints/0000012.pt is beyond that; give at least 12"),
+        ("--results-dir junk.pt", "--results-dir junk.pt: cannot be written to (File exists)"),
+        ("--results-dir junk.pt/a/b", "--results-dir junk.pt/a/b: cannot be written to (Not a directory)"),
+        ("--vae brokenvae", "brokenvae: cannot be loaded; save it again with AutoencoderKL.save_pretrained"),
+    ],
+)
+def test_dry_run_refuses_what_a_start_would(finished, tmp_path, monkeypatch, capsys, options, message):
+    """In the same words."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.pt").write_text("junk")
+    if "brokenvae" in options:
+        vae = save_vae(tmp_path / "brokenvae", in_channels=1, out_channels=1)
+        Path(vae, "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
+    shutil.copytree(finished, tmp_path / "RUN")
+    argv = [*SMALL, "--max-steps", 12, "--no-learn-sigma", *options.split()]
+    before, errors = files_and_times(tmp_path), []
+    for more in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as stopped:
+            run(*argv, *more)
+        errors.append(capsys.readouterr().err.splitlines()[-1])
+        assert stopped.value.code == 2
+        assert more == [] or files_and_times(tmp_path) == before
+    assert message in errors[0] and errors[0] == errors[1]
 
 
 @pytest.mark.slow
