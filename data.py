@@ -345,7 +345,7 @@ class LatentCache(Dataset):
             manifest[name] for name in ("image_size", "shard_size", "count")
         )
         self.shards = [os.path.join(folder, shard["moments"]) for shard in manifest["shards"]]
-        self.checksums = [shard["sha256"] for shard in manifest["shards"]]
+        self.checksums = [shard.get("sha256", "") for shard in manifest["shards"]]
         for shard, moments in zip(manifest["shards"], self.shards):
             if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
                 raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
