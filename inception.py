@@ -146,7 +146,7 @@ def compute_features(batches, share, network, processes, wanted, desc):
 
     batches  this process's, uint8 (n, 3, H, W), in order
     share    (start, stop) of them among all
-    Raises the UserError of any process's batches on all of them.
+    Raises the UserError, or Stopped, of any process's batches on all of them.
     """
     start, stop = share
     moments = {
@@ -155,22 +155,19 @@ def compute_features(batches, share, network, processes, wanted, desc):
     rows = None
     if "rows" in wanted:
         rows = torch.empty(stop - start, network.sizes["pooled"], dtype=torch.float32, device="cpu")
-    mistake, filled = None, 0
-    try:
-        with tqdm(total=stop - start, desc=desc, unit="image", disable=not processes.is_main) as bar:
-            for images in batches:
-                features = dict(zip(("pooled", "spatial"), network(images)))
-                for kind in moments:
-                    moments[kind].add(features[kind])
-                if rows is not None:
-                    rows[filled : filled + len(images)] = features["pooled"]
-                filled += len(images)
-                bar.update(len(images))
-    except UserError as error:
-        mistake = str(error)
-    mistakes = processes.gather(mistake)  # so that no process waits for one that has stopped
-    for mistake in filter(None, mistakes):
-        raise UserError(mistake)
+    filled = 0
+    with (
+        processes.agreeing(),
+        tqdm(total=stop - start, desc=desc, unit="image", disable=not processes.is_main) as bar,
+    ):
+        for images in batches:
+            features = dict(zip(("pooled", "spatial"), network(images)))
+            for kind in moments:
+                moments[kind].add(features[kind])
+            if rows is not None:
+                rows[filled : filled + len(images)] = features["pooled"]
+            filled += len(images)
+            bar.update(len(images))
     for kind in moments:
         moments[kind].merge(processes)
     return Features(processes.join_rows(rows) if rows is not None else None, **moments)

@@ -302,53 +302,46 @@ class Processes:
 
     @contextlib.contextmanager
     def agreeing(self):
-        """Make a UserError inside, on any process, one on all: `with processes.agreeing(): …`. Nothing inside
-        may wait for another process."""
-        mistake = None
+        """Make a UserError, Stopped or lack of memory (a MemoryError) inside, on any process, one on all, so
+        that they stay in step: `with processes.agreeing(): …`."""
+        problem = None
         try:
             yield
-        except UserError as error:
-            mistake = str(error)
-        mistakes = [mistake for mistake in self.gather(mistake) if mistake]
-        if mistakes:
-            raise UserError(mistakes[0])
+        except (UserError, Stopped) as error:
+            problem = error
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            problem = MemoryError(reason_of(error))
+        problems = [problem for problem in self.gather(problem) if problem is not None]
+        if problems:
+            raise problems[0]
 
     def check_shared(self, folder, flag):
         """Raise UserError, on every process, where one does not see the folder as the main process does."""
         if self.world_size == 1:
             return
-        name = self.broadcast(f".shared.{secrets.token_hex(8)}")
-        mark, host = os.path.join(folder, name), socket.gethostname()
-        if self.is_main:
-            open(mark, "x").close()
-        self.barrier()
+        name, host = self.broadcast(f".shared.{secrets.token_hex(8)}"), socket.gethostname()
+        mark = os.path.join(folder, name)
+        with self.agreeing():
+            try:
+                if self.is_main:
+                    open(mark, "x").close()
+            except OSError as error:
+                raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
         deadline = time.monotonic() + 10  # which a network's file system may take to show what is new
         while not (seen := os.path.exists(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         found = self.gather((seen, host))
         if self.is_main:
-            os.remove(mark)
+            with contextlib.suppress(OSError):
+                os.remove(mark)
         for rank, (seen, host) in enumerate(found):
             if not seen:
                 raise UserError(
                     f"{flag} {folder}: process {rank}, on {host}, does not see what process 0, on"
                     f" {found[0][1]}, writes there; give a folder that all machines share, by the same path"
                 )
-
-    def all_or_none(self, call):
-        """What call() gives here; where it runs out of memory on any process, MemoryError on all of them, so
-        that they stay in step. Every process calls it."""
-        result, problem = None, None
-        try:
-            result = call()
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            problem = reason_of(error)
-        problems = [problem for problem in self.gather(problem) if problem]
-        if problems:
-            raise MemoryError(problems[0])
-        return result
 
     def mean(self, value):
         """The mean over all processes of a tensor; every process calls it and gets it."""
@@ -398,6 +391,10 @@ class Processes:
             raise RuntimeError("the processes' weights have drifted apart; nothing was saved")
 
 
+class Stopped(Exception):
+    """The run was asked to stop in the midst of something that is done again when it continues."""
+
+
 class StopRequest:
     """Whether the run was asked to stop, by SIGTERM, SIGINT or a problem, agreed on by all processes."""
 
@@ -427,6 +424,26 @@ class StopRequest:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
         signalled, problem = flags.tolist()
         return bool(signalled), bool(problem)
+
+    def check(self):
+        """Raise Stopped, on all processes, where any was signalled; all call it at the same moment."""
+        if self.agreed()[0]:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def interrupting(self, model):
+        """Raise Stopped at the model's next forward pass once this process is signalled. The others are to be
+        told, by Processes.agreeing."""
+
+        def look(*_):
+            if self.signalled:
+                raise Stopped
+
+        hook = model.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def leave_group():

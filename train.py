@@ -42,6 +42,7 @@ from runtime import (
     EVALUATION,
     STEP,
     Processes,
+    Stopped,
     StopRequest,
     Tolerance,
     UserError,
@@ -174,10 +175,12 @@ def main(args):
         with tolerate("pictures"):  # where memory runs out, which is known to all
             averaged = ema
             if args.shard:
-                averaged = processes.all_or_none(lambda: sharding.gather_copy(ema, device))
+                with processes.agreeing():
+                    averaged = sharding.gather_copy(ema, device)
             sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
             for scale in args.sample_cfg_scales or [None]:
-                pictures = sample_grid(sampler, args.global_seed, scale, args.sample_gif, processes)
+                with stop.interrupting(averaged):
+                    pictures = sample_grid(sampler, args.global_seed, scale, args.sample_gif, processes)
                 if processes.is_main:
                     with tolerate("pictures"):
                         path = experiment.picture_path(step, scale)
@@ -186,7 +189,8 @@ def main(args):
 
     def compute_fid(step):
         averaged = sharding.gather_copy(ema, device) if args.shard else ema
-        value = fid(Sampler(averaged, process, autoencoder, device, fid.sampling))
+        with stop.interrupting(averaged):
+            value = fid(Sampler(averaged, process, autoencoder, device, fid.sampling))
         contents = dict(ema=averaged.state_dict(), args=vars(args), step=step, config=config)
         kept = False
         if processes.is_main:
@@ -196,7 +200,7 @@ def main(args):
         return {fid.name: value}
 
     def measure(step):
-        loss = evaluate(process, ema, autoencoder, held_out, args, processes)
+        loss = evaluate(process, ema, autoencoder, held_out, args, processes, stop.check)
         logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
         fids = compute_fid(step) if fid else {}
         if processes.is_main:
@@ -228,43 +232,46 @@ def main(args):
         total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
         dynamic_ncols=True,
     )  # fmt: skip
-    with bar, contextlib.closing(batches):
-        # What was due at the step that is gone on from, and was cut off:
-        made = processes.on_main(lambda: (metrics.names, experiment.has_pictures(start, args)))
-        if start and args.eval_every and start % args.eval_every == 0 and "eval_loss" not in made[0]:
-            measure(start)
-        if args.sample_every and 0 < start < total and start % args.sample_every == 0 and not made[1]:
-            sample(start)
-        for step, (images, labels, problems) in enumerate(batches, start=start + 1):
-            signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
-            done = None
-            if not signalled and not unreadable:
-                done = trainer.step(step, images, labels, lambda: stop.agreed()[0])
-            if done is None:
-                path = save(step - 1) if step - 1 > saved else path
-                again = f"give --resume {folder}" if args.resume == "never" else "run the same command again"
-                end_early(problems, unreadable, step - 1, path, again, logger)
-                return
-            meter.add_skipped(len(problems))
+    trained, problems, unreadable = start, [], False
+    try:
+        with bar, contextlib.closing(batches):
+            # What was due at the step that is gone on from, and was cut off:
+            made = processes.on_main(lambda: (metrics.names, experiment.has_pictures(start, args)))
+            if start and args.eval_every and start % args.eval_every == 0 and "eval_loss" not in made[0]:
+                measure(start)
+            if args.sample_every and 0 < start < total and start % args.sample_every == 0 and not made[1]:
+                sample(start)
+            for step, (images, labels, problems) in enumerate(batches, start=start + 1):
+                signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
+                if signalled or unreadable:
+                    raise Stopped
+                terms, t, norm = trainer.step(step, images, labels, stop.check)
+                trained = step
+                meter.add_skipped(len(problems))
+                watch.look(step, norm, terms["loss"])
+                meter.add(terms, (t * 4 // process.num_timesteps).long().clamp(max=3))
+                bar.update()
 
-            terms, t, norm = done
-            watch.look(step, norm, terms["loss"])
-            meter.add(terms, (t * 4 // process.num_timesteps).long().clamp(max=3))
-            bar.update()
-
-            if step % args.log_every == 0 or step == total:
-                watch.check(processes, path)
-                means = meter.read(processes)
-                if processes.is_main:
-                    report(means, norm, step, total, share, args, device, metrics, logger, bar)
-            if args.eval_every and step % args.eval_every == 0:
-                measure(step)
-            if step % args.ckpt_every == 0 and step < total:
-                path, saved = save(step), step
-            if args.sample_every and step % args.sample_every == 0 and step < total:
-                sample(step)
-    path = save(total) if total > saved else path
-    stop.close()  # from here on, nothing would be lost
+                if step % args.log_every == 0 or step == total:
+                    watch.check(processes, path)
+                    means = meter.read(processes)
+                    if processes.is_main:
+                        report(means, norm, step, total, share, args, device, metrics, logger, bar)
+                if args.eval_every and step % args.eval_every == 0:
+                    measure(step)
+                if step % args.ckpt_every == 0 and step < total:
+                    path, saved = save(step), step
+                if args.sample_every and step % args.sample_every == 0 and step < total:
+                    sample(step)
+        if total > saved:
+            path, saved = save(total), total
+        stop.close()  # from here on, nothing would be lost
+        stop.check()
+    except Stopped:
+        path = save(trained) if trained > saved else path
+        again = f"give --resume {folder}" if args.resume == "never" else "run the same command again"
+        end_early(problems, unreadable, trained, path, again, logger)
+        return
 
     # Sample:
     if processes.is_main:
@@ -305,21 +312,19 @@ class Trainer:
         )
         self.timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
 
-    def step(self, step, images, labels, stopped=lambda: False):
+    def step(self, step, images, labels, check=lambda: None):
         """Train on this process's rows; returns the loss's terms, each (N,), their times t (N,), and the norm
         of the gradients. Waits for no GPU.
 
-        stopped: asked between two of --grad-accum-steps parts; where it says so, nothing is trained, and None
-        is returned."""
+        check: called between two of --grad-accum-steps parts; where it raises, nothing is trained.
+        """
         args = self.args
         draws = draw_step(args, step, self.processes, self.timestep_sampler, self.model)
         set_learning_rate(self.optimizer, learning_rate(args, step))
         self.optimizer.zero_grad(set_to_none=True)
         terms = backward(
-            self.process, self.network, self.parallel, self.autoencoder, images, labels, draws, args, stopped
+            self.process, self.network, self.parallel, self.autoencoder, images, labels, draws, args, check
         )
-        if terms is None:
-            return None
         norm = gradient_norm(self.parallel, args.clip_grad)
         self.optimizer.step()
         update_ema(self.ema, self.model, ema_decay(args, step))
@@ -346,9 +351,9 @@ def draw_step(args, step, processes, timestep_sampler, model):
     return {name: values[rows] for name, values in draws.items()}
 
 
-def backward(process, network, parallel, autoencoder, images, labels, draws, args, stopped):
-    """Add up the gradients of a batch, in --grad-accum-steps parts; returns its terms, each (N,), detached,
-    or None where stopped(), asked between two parts, says so.
+def backward(process, network, parallel, autoencoder, images, labels, draws, args, check):
+    """Add up the gradients of a batch, in --grad-accum-steps parts, calling check() between two; returns its
+    terms, each (N,), detached.
 
     Processes exchange gradients on the last part only.
     """
@@ -357,8 +362,8 @@ def backward(process, network, parallel, autoencoder, images, labels, draws, arg
     collected = []
     batch = dict(draws, images=images, labels=labels)
     for part, values in enumerate(zip(*(rows.chunk(parts) for rows in batch.values()))):
-        if part and stopped():
-            return None
+        if part:
+            check()
         rows = {name: value.to(device, non_blocking=True) for name, value in zip(batch, values)}
         x_start = encode(rows["images"], rows["posterior"])
         model_kwargs = dict(y=rows["labels"], force_drop_ids=rows["drop"]) if args.num_classes else {}
@@ -455,7 +460,7 @@ def report(means, norm, step, total, share, args, device, metrics, logger, bar):
 
 
 @torch.no_grad()
-def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64):
+def evaluate(process, ema, autoencoder, held_out, args, processes, check, batch_size=64):
     """The mean loss of the averaged weights on held-out images, each with the same t and noise every time."""
     generator, device = generator_for("cpu", args.global_seed, EVALUATION), processes.device
     n, shape = len(held_out), (len(held_out), ema.in_channels, *ema.input_size)
@@ -463,6 +468,7 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, batch_size=64
     noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     encode, total = autoencoder.draw if args.feature_path else autoencoder.encode, 0.0
     for batch in torch.arange(n).split(batch_size * processes.world_size):
+        check()
         rows = batch[processes.rank :: processes.world_size]
         rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
         images, labels, _ = zip(*(held_out[(int(row), False)] for row in rows))
@@ -489,12 +495,11 @@ def sample_grid(sampler, seed, cfg_scale, gif, processes):
     start, stop = share_of(count, 1, processes)
     # Where there are more processes than samples, those without one make the first, and it is not taken:
     mine = range(start, stop) or range(1)
-    images = processes.all_or_none(
-        lambda: sampler.sample(
+    with processes.agreeing():
+        images = sampler.sample(
             [labels[i] for i in mine] if classes else len(mine), seeds=seed + mine.start, cfg_scale=cfg_scale,
             return_trajectory=gif, progress=processes.is_main,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
     images, frames = images if gif else (images, None)
     images = processes.join_rows(images[: stop - start])
     if gif:  # one at a time, for the sake of a GPU's memory

@@ -1,6 +1,9 @@
 """train.py --fid-ref: FID of the averaged weights' samples while training; the best are kept."""
 
+import itertools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -93,6 +96,26 @@ def test_a_killed_run_ends_with_the_same_best(straight, tmp_path, reference):
     best, expected = best_of(folder), best_of(straight[0])
     assert best["step"] == expected["step"] and best["fid"]["value"] == expected["fid"]["value"]
     assert all(torch.equal(best["ema"][key], value) for key, value in expected["ema"].items())
+
+
+def ask_to_stop_in_a_fid():
+    use_tiny()
+    sample, calls = inception.SampleFID._sample, itertools.count(1)
+
+    def signalled(*args):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*args)
+
+    inception.SampleFID._sample = signalled
+
+
+def test_a_fid_is_cut_off(straight, tmp_path, reference):
+    """By a signal, and computed when the run continues."""
+    folder, printed = run(tmp_path, reference, before=ask_to_stop_in_a_fid)
+    assert list(fids(folder)) == [4] and "Stopped after step 8, saved" in printed
+    run(tmp_path, reference)
+    assert fids(folder) == fids(straight[0])
 
 
 def test_what_is_refused(tmp_path, reference, monkeypatch, capsys, straight):

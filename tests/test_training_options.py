@@ -305,6 +305,37 @@ def test_results_that_are_not_shared(tmp_path):
     assert not list(tmp_path.glob("*/results/*"))
 
 
+def ask_to_stop_in(name):
+    """In the first call of a function of train.py, by a signal to the second process."""
+    import train
+
+    call, calls = getattr(train, name), itertools.count()
+
+    def signalled(*args):
+        if not next(calls) and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(*args)
+
+    setattr(train, name, signalled)
+
+
+def test_evaluations_and_pictures_are_cut_off(tmp_path):
+    """By a signal, and made when the run continues, which ends as if undisturbed."""
+    argv = [*SMALL, "--max-steps", 8, "--sample-every", 4, "--eval-every", 4]
+    straight, _ = run(tmp_path / "straight", *argv, runs=start_two)
+    for name in ("evaluate", "sample_grid"):
+        before = functools.partial(ask_to_stop_in, name)
+        folder, printed = run(tmp_path / "stopped", *argv, runs=start_two, before=before)
+        assert "Stopped after step 4, saved" in printed and not os.path.exists(folder / "samples")
+        assert len(losses(folder, "eval_loss")) == (name == "sample_grid")
+    folder, printed = run(tmp_path / "stopped", *argv, runs=start_two)
+    assert "Continuing after step 4" in printed
+    for name in ("loss", "eval_loss"):
+        assert losses(folder, name) == losses(straight, name)
+    for name in ("0000004.png", "0000008.png"):
+        assert (folder / "samples" / name).read_bytes() == (straight / "samples" / name).read_bytes()
+
+
 def say_what_is_sampled():
     sample = Sampler.sample
 
