@@ -526,6 +526,7 @@ def close_the_terminal():
     os.dup2(writer, 1)
     os.dup2(writer, 2)
     os.close(reader)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # which know a pipe
 
 
 def test_a_terminal_that_goes_away_ends_no_run(tmp_path):
