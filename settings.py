@@ -33,7 +33,7 @@ PRESETS = {
         dataset="digits", image_size=8, vae="none", num_workers=0,
         model="DiT-S/2", depth=4, hidden_size=128, num_heads=4,
         noise_schedule="squaredcos_cap_v2", global_batch_size=64, max_steps=2000, lr=2e-3, warmup_steps=50,
-        ema_decay=0.995, ema_warmup=True, cfg_scale=2.0, num_sampling_steps="50",
+        ema_decay=0.995, ema_warmup=True, cfg_scale=1.5, num_sampling_steps="50",
     ),
     # Just-a-DiT's recipe for CIFAR-10, with diffusion in place of flow matching.
     "cifar10": dict(
@@ -46,7 +46,7 @@ PRESETS = {
         dataset="digits", image_size=8, vae="none", num_workers=0,
         model="DiT-S/2", depth=4, hidden_size=128, num_heads=4, objective="flow",
         global_batch_size=64, max_steps=2000, lr=2e-3, warmup_steps=50,
-        ema_decay=0.995, ema_warmup=True, cfg_scale=2.0,
+        ema_decay=0.995, ema_warmup=True, cfg_scale=1.5,
     ),
     # Just-a-DiT's recipe itself.
     "cifar10-flow": dict(
