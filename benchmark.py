@@ -52,32 +52,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from archive import SampleArchive
-from autoencoder import SD_SCALE, VAE, Pixels
-from data import BatchOrder, FolderImages, Guarded, LatentCache, read_batches
 from diffusion import create_diffusion, create_process
-from experiment import device_name, measure_matmul_flops, memory_gib, peak_flops, restart_peak_memory
+from evaluation.inception import Inception
 from extract_features import complete, finish_shard
-from images import to_uint8
-from inception import Inception
-from models import DiT_models, count_macs
-from runtime import (
-    PRECISIONS,
-    Parser,
-    UserError,
-    float_above,
-    int_at_least,
-    launch,
-    leave_group,
-    set_precision,
-    start_processes,
-    whole_file,
-)
+from models import DiT_models
+from runtime.autoencoder import SD_SCALE, VAE, Pixels
+from runtime.cli import Parser, UserError, atomic_write, float_above, int_at_least, launch
+from runtime.distributed import PRECISIONS, init_distributed, leave_group, set_precision
+from runtime.flops import count_macs, device_name, measure_matmul_flops, peak_flops
+from runtime.image_io import to_uint8
 from sample_ddp import sample_batches
-from sampler import Sampler, check_cuda_graphs
-from settings import build_parser as build_train_parser
-from settings import process_config
+from sampler import Sampler
+from sampling.npz_writer import NpzWriter
+from sampling.options import check_cuda_graphs
 from train import Trainer
+from training.dataset import DistributedBatchSampler, FolderImages, ReadableDataset, make_loader
+from training.latent_cache import LatentCache
+from training.options import build_parser as build_train_parser
+from training.options import process_config
+from training.run_log import memory_gib, restart_peak_memory
 
 MODES = ("train", "sample", "encode", "decode", "latents", "images", "write", "features")
 WITHOUT_DIT = MODES[2:]  # whose speed does not depend on --model
@@ -143,7 +136,7 @@ def compare_process_counts(args):
 
 def run(args, earlier=()):
     """Measure, print and save all rows, behind those of earlier runs; returns them."""
-    dist, rows, machine = start_processes(), [], {}
+    dist, rows, machine = init_distributed(), [], {}
     precisions = args.precision or [set_precision(None, dist.device)]
     for precision in precisions:
         set_precision(precision, dist.device)  # raises UserError where the device lacks it
@@ -162,7 +155,7 @@ def run(args, earlier=()):
                 rows.append(row)
             if dist.is_main:
                 report = dict(command=sys.argv[1:], **machine, rows=[*earlier, *rows])
-                with whole_file(args.out) as file:
+                with atomic_write(args.out) as file:
                     json.dump(report, file, indent=1)
     if dist.is_main:
         print(f"Saved {args.out}")
@@ -481,8 +474,8 @@ def extracting_features(config, dist):
 
 def reading(dataset, folder, config, dist):
     """A batch of training data, read by --num-workers processes from a temporary folder."""
-    order = BatchOrder(dataset, config.batch, stop_step=2**40)
-    batches = read_batches(Guarded(dataset, skip=False), order, config.num_workers, dist.device)
+    order = DistributedBatchSampler(dataset, config.batch, stop_step=2**40)
+    batches = make_loader(ReadableDataset(dataset, skip=False), order, config.num_workers, dist.device)
 
     def run(steps):
         for _ in range(steps):
@@ -531,7 +524,7 @@ def writing(config, dist, png=False):
 
     def run(steps):
         path = tempfile.mkdtemp(dir=folder.name)
-        archive = SampleArchive(f"{path}.npz", path, (steps * config.batch, side, side, 3), config.batch)
+        archive = NpzWriter(f"{path}.npz", path, (steps * config.batch, side, side, 3), config.batch)
         archive.begin()
         sample_batches(archive.batches, sampler, archive, args, None, SimpleNamespace(rank=0, is_main=False))
 

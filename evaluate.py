@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from image_files import ArrayFile, Images, PictureFolder, names_in, write_reference
-from inception import (
+from evaluation.image_reader import ImageFolderReader, Images, NpzReader, names_in, write_reference
+from evaluation.inception import (
     STATISTICS,
     Features,
     Inception,
@@ -42,8 +42,9 @@ from inception import (
     read_weights,
     share_of,
 )
-from metrics import NEIGHBOUR, SCORE_CHUNK, frechet_distance, inception_score, precision_recall
-from runtime import Parser, UserError, blame, launch, start_processes, whole_file
+from evaluation.metrics import NEIGHBOUR, SCORE_CHUNK, frechet_distance, inception_score, precision_recall
+from runtime.cli import Parser, UserError, atomic_write, blame, launch
+from runtime.distributed import init_distributed
 
 __all__ = ["frechet_distance", "inception_score", "precision_recall"]
 
@@ -79,16 +80,16 @@ def main(args):
         return
 
     # Load the network:
-    processes = start_processes()
-    network = load_inception(args.inception_weights, processes.device, args.any_weights)
+    dist = init_distributed()
+    network = load_inception(args.inception_weights, dist.device, args.any_weights)
     for side in filter(None, (reference, samples)):
         if side.statistics:
             check_same_weights(side.path, network.sha256, side.flag)
 
     # Compute the features of both sides, every process of its share:
     for side in filter(None, (reference, samples)):
-        compute_side(side, network, args, processes)
-    if not processes.is_main:
+        compute_side(side, network, args, dist)
+    if not dist.is_main:
         return
 
     # Compare, and report:
@@ -96,7 +97,7 @@ def main(args):
         save_statistics(args, reference, network)
         return
     numbers = compare(metrics, reference, samples, network, args.half_distances)
-    report(numbers, reference, samples, network, args, processes)
+    report(numbers, reference, samples, network, args, dist)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def main(args):
 
 
 @dataclass
-class Side:
+class MetricInput:
     """The reference or the samples: what their file holds, and what is computed of it.
 
     wanted      the kinds of features to compute, see Features
@@ -149,9 +150,9 @@ def open_side(flag, path, metrics, crop=None, *, images_needed=False, fresh=Fals
     left = [metric for metric in metrics if metric not in served]
     wanted = {FRECHET.get(metric, "rows") for metric in left}
     if is_folder:
-        images = PictureFolder(path, flag, crop)
+        images = ImageFolderReader(path, flag, crop)
     elif "arr_0" in names or images_needed or not served:
-        images = ArrayFile(path, flag)
+        images = NpzReader(path, flag)
     elif left:
         raise UserError(
             f"{flag} {path}: no arr_0 in it, and its statistics do not give {' and '.join(left)}; give REF"
@@ -162,15 +163,15 @@ def open_side(flag, path, metrics, crop=None, *, images_needed=False, fresh=Fals
     least = NEIGHBOUR + 1 if {"precision", "recall"} & set(metrics) else 2
     if wanted and images.count < least:
         raise UserError(f"{flag} {path}: {images.count} images; these metrics need at least {least}")
-    return Side(flag, path, images, wanted, statistics)
+    return MetricInput(flag, path, images, wanted, statistics)
 
 
-def compute_side(side, network, args, processes):
+def compute_side(side, network, args, dist):
     """Compute the features that a side needs, every process of its share of the images."""
     if side.wanted:
-        share = share_of(side.images.count, args.batch_size, processes)
+        share = share_of(side.images.count, args.batch_size, dist)
         batches = side.images.batches(*share, args.batch_size, args.num_workers)
-        side.features = compute_features(batches, share, network, processes, side.wanted, side.flag)
+        side.features = compute_features(batches, share, network, dist, side.wanted, side.flag)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def compare(metrics, reference, samples, network, half=True):
     return numbers
 
 
-def find_doubts(numbers, reference, samples, network):
+def find_warnings(numbers, reference, samples, network):
     """What the reader of the numbers should know, a line each."""
     doubts = []
     if not network.is_published:
@@ -227,9 +228,9 @@ def find_doubts(numbers, reference, samples, network):
     return doubts
 
 
-def report(numbers, reference, samples, network, args, processes):
+def report(numbers, reference, samples, network, args, dist):
     """Print the numbers as ADM's suite does, and write them with every setting to a JSON file."""
-    doubts = find_doubts(numbers, reference, samples, network)
+    doubts = find_warnings(numbers, reference, samples, network)
     name = f"FID-{name_of_count(samples.images.count)}"
     print(reference.describe())
     print(f"{samples.describe()}" + (f"; FID is {name}" if "fid" in numbers else ""))
@@ -242,9 +243,9 @@ def report(numbers, reference, samples, network, args, processes):
         name=name, comparable_to_published=network.is_published,
         metrics={METRICS[metric]: value for metric, value in numbers.items()}, warnings=doubts,
         reference=describe_side(reference), samples=describe_side(samples),
-        settings=describe_settings(args, network, processes),
+        settings=describe_settings(args, network, dist),
     )  # fmt: skip
-    with refusing("--out", path), whole_file(path) as file:
+    with refusing("--out", path), atomic_write(path) as file:
         json.dump(record, file, indent=1)
     print(f"Saved {path}")
 
@@ -262,9 +263,9 @@ def describe_side(side):
     )  # fmt: skip
 
 
-def describe_settings(args, network, processes):
+def describe_settings(args, network, dist):
     """How the numbers were computed, as plain data."""
-    device = processes.device
+    device = dist.device
     return dict(
         inception_weights=dict(
             file=args.inception_weights, sha256=network.sha256, published=network.is_published
@@ -273,7 +274,7 @@ def describe_settings(args, network, processes):
         features="float32, tf32 off", statistics="float64", fid="eigh and singular values, float64",
         distances="float16" if args.half_distances else "float32", k=NEIGHBOUR,
         inception_score=f"mean over chunks of {SCORE_CHUNK} in file order",
-        image_size=args.image_size, batch_size=args.batch_size, processes=processes.world_size,
+        image_size=args.image_size, batch_size=args.batch_size, processes=dist.world_size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={name: importlib.metadata.version(name) for name in PACKAGES}
         | dict(python=platform.python_version()),

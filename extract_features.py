@@ -28,19 +28,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from data import MANIFEST, Guarded, open_dataset, read_batches
-from images import check_folder
-from runtime import (
-    Parser,
-    UserError,
-    add_precision_argument,
-    create_logger,
-    launch,
-    set_precision,
-    start_processes,
-    whole_file,
-)
+from runtime.autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
+from runtime.cli import Parser, UserError, atomic_write, create_logger, launch
+from runtime.distributed import add_precision_argument, init_distributed, set_precision
+from runtime.image_io import check_folder
+from training.dataset import ReadableDataset, make_loader, open_dataset
+from training.latent_cache import MANIFEST
 
 
 def main(args):
@@ -55,9 +48,9 @@ def main(args):
         raise UserError("--precision bf16: latents are kept more exactly than that; give tf32 or fp32")
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache; train.py reads the images themselves")
-    processes = start_processes()
-    args.precision = set_precision(args.precision, processes.device)
-    dataset = open_dataset("folder", args.data_path, args.image_size, processes=processes)
+    dist = init_distributed()
+    args.precision = set_precision(args.precision, dist.device)
+    dataset = open_dataset("folder", args.data_path, args.image_size, dist=dist)
     _, factor, image_channels = describe_vae(args.vae, dataset.channels)
     if image_channels != dataset.channels:
         raise UserError(
@@ -67,47 +60,47 @@ def main(args):
         raise UserError(
             f"--image-size {args.image_size}: must be divisible by {factor} (the VAE's downsampling)"
         )
-    logger = create_logger(enabled=processes.is_main)
+    logger = create_logger(enabled=dist.is_main)
     described = dict(
         image_size=args.image_size, classes=dataset.classes, count=len(dataset),
         shard_size=shard_size(len(dataset)), precision=args.precision,
-        images=fingerprint(dataset.samples, processes),
+        images=fingerprint(dataset.samples, dist),
     )  # fmt: skip
     if args.dry_run:
-        state = processes.on_main(foresee, args, described)
+        state = dist.on_main(foresee, args, described)
         logger.info(
             f"{len(dataset):,} images, {len(dataset.classes)} classes, into {args.features_path}, {state};"
             " nothing was written."
         )
         return
-    autoencoder = load_autoencoder(args.vae, processes.device)
+    autoencoder = load_autoencoder(args.vae, dist.device)
     manifest = dict(complete=False, vae=autoencoder.config, **described)
 
     # Begin a cache, or go on with an unfinished one:
-    if processes.on_main(begin, args.features_path, manifest):
+    if dist.on_main(begin, args.features_path, manifest):
         logger.info(f"{args.features_path} is complete; remove it to extract again")
         return
 
     # Encode, a shard to a process at a time:
-    processes.check_shared(args.features_path, "--features-path")
+    dist.check_shared(args.features_path, "--features-path")
     shards = range(math.ceil(manifest["count"] / manifest["shard_size"]))
-    missing = processes.on_main(
+    missing = dist.on_main(
         lambda: [shard for shard in shards if read_note(args.features_path, shard) is None]
     )
     mistake = None
     try:
-        encode_shards(missing, dataset, autoencoder, manifest, args, processes)
+        encode_shards(missing, dataset, autoencoder, manifest, args, dist)
     except UserError as error:
         mistake = error
-        processes.count("mistakes")  # so that the others stop too
-    processes.wait_for_all("images")
-    with processes.agreeing():
+        dist.count("mistakes")  # so that the others stop too
+    dist.wait_for_all("images")
+    with dist.agreeing():
         if mistake:
             raise mistake
 
     # Sum up:
-    processes.on_main(complete, args.features_path, manifest, shards)
-    if processes.is_main:
+    dist.on_main(complete, args.features_path, manifest, shards)
+    if dist.is_main:
         latents = manifest["latents"]
         logger.info(
             f"Encoded {manifest['count']:,} images into {args.features_path}; latents have mean"
@@ -120,15 +113,15 @@ def shard_size(count):
     return max(1, min(4096, math.ceil(count / 64)))
 
 
-def fingerprint(samples, processes):
+def fingerprint(samples, dist):
     """A hash of the names, sizes and labels of the images, by which other ones are told; on the main process.
 
     Each process asks for the sizes of a part. The bytes hashed are those of all versions so far."""
-    share = math.ceil(len(samples) / processes.world_size)
-    names = islice(samples.relative_names(), processes.rank * share, (processes.rank + 1) * share)
+    share = math.ceil(len(samples) / dist.world_size)
+    names = islice(samples.relative_names(), dist.rank * share, (dist.rank + 1) * share)
     sizes = np.fromiter((os.path.getsize(os.path.join(samples.root, name)) for name in names), np.int64)
-    sizes = processes.join_rows(torch.from_numpy(sizes))
-    if not processes.is_main:
+    sizes = dist.join_rows(torch.from_numpy(sizes))
+    if not dist.is_main:
         return None
     digest = hashlib.sha256()
     for name, size, label in zip(samples.relative_names(), sizes.tolist(), samples.labels.tolist()):
@@ -145,7 +138,7 @@ def begin(folder, manifest):
         os.makedirs(folder, exist_ok=True)
         found = read_cache(folder, manifest)
         if found is None:
-            with whole_file(os.path.join(folder, MANIFEST)) as file:
+            with atomic_write(os.path.join(folder, MANIFEST)) as file:
                 json.dump(manifest, file, indent=1)
         elif found["complete"]:  # what a kill between the last manifest and its notes left
             for name in os.listdir(folder):
@@ -188,33 +181,33 @@ def foresee(args, manifest):
     return "which is complete" if found["complete"] else "where those that are missing would be added"
 
 
-def encode_shards(shards, dataset, autoencoder, manifest, args, processes):
+def encode_shards(shards, dataset, autoencoder, manifest, args, dist):
     """Write these shards together with the other processes: each takes the next that none has taken, so that
     a slow process keeps no other waiting. Raises UserError for an image that cannot be read."""
     size, count, places = manifest["shard_size"], manifest["count"], deque()
 
     def take_batches():
-        while not processes.count("mistakes", 0) and (taken := processes.count("shards")) <= len(shards):
+        while not dist.count("mistakes", 0) and (taken := dist.count("shards")) <= len(shards):
             shard = shards[taken - 1]
             indices = range(shard * size, min((shard + 1) * size, count))
             for start in range(0, len(indices), args.per_proc_batch_size):
                 places.append((shard, start, len(indices)))
                 yield [(i, False) for i in indices[start : start + args.per_proc_batch_size]]
 
-    loader = read_batches(Guarded(dataset, skip=False), take_batches(), args.num_workers, processes.device)
+    loader = make_loader(ReadableDataset(dataset, skip=False), take_batches(), args.num_workers, dist.device)
     total = sum(min(size, count - shard * size) for shard in shards)
-    with tqdm(total=total, desc="Encoding", unit="image", disable=not processes.is_main) as bar:
+    with tqdm(total=total, desc="Encoding", unit="image", disable=not dist.is_main) as bar:
         for images, labels, problems in loader:
             shard, start, length = places.popleft()
             if problems:
                 raise UserError(problems[0])
             if start == 0:
                 moments, shard_labels = [], []
-            images = images.to(processes.device, non_blocking=True)
+            images = images.to(dist.device, non_blocking=True)
             both = [autoencoder.moments(view) for view in (images, images.flip(-1))]
             moments.append(torch.stack(both, dim=1).half().cpu().numpy())
             shard_labels.append(labels.numpy())
-            bar.update(processes.count("images", len(images)) - bar.n)  # of all processes
+            bar.update(dist.count("images", len(images)) - bar.n)  # of all processes
             if start + len(images) == length:
                 finish_shard(args.features_path, shard, np.concatenate(moments), np.concatenate(shard_labels),
                              autoencoder)  # fmt: skip
@@ -226,7 +219,7 @@ def finish_shard(folder, shard, moments, labels, autoencoder):
     with refusing(folder):
         for kind, values in (("labels", labels), ("moments", moments)):
             path = os.path.join(folder, note[kind])
-            with whole_file(path, "wb") as file:
+            with atomic_write(path, "wb") as file:
                 np.save(file, values)
         with open(path, "rb") as file:
             note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
@@ -236,7 +229,7 @@ def finish_shard(folder, shard, moments, labels, autoencoder):
             mean = (mean - autoencoder.shift) * autoencoder.scale
             note["sum"] += float(mean.sum())
             note["square"] += float((mean**2 + np.exp(logvar) * autoencoder.scale**2).sum())
-        with whole_file(note_path(folder, shard)) as file:
+        with atomic_write(note_path(folder, shard)) as file:
             json.dump(note, file)
 
 
@@ -279,7 +272,7 @@ def complete(folder, manifest, shards):
     mean = total / n
     manifest["latents"] = dict(mean=mean, std=math.sqrt(square / n - mean**2))
     with refusing(folder):
-        with whole_file(os.path.join(folder, MANIFEST)) as file:
+        with atomic_write(os.path.join(folder, MANIFEST)) as file:
             json.dump(dict(manifest, complete=True, shards=notes), file, indent=1)
         for shard in shards:
             os.remove(note_path(folder, shard))

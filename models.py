@@ -19,11 +19,12 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime import Parser, UserError, launch
+from runtime.cli import Parser, UserError, launch
+from runtime.flops import count_activation_bytes, count_macs
 
 __all__ = [
     "DiT", "DiTBlock", "DiT_models", "FinalLayer", "LabelEmbedder", "TimestepEmbedder", "check_config",
-    "count_activation_bytes", "count_macs", "get_2d_sincos_pos_embed", "modulate", "null_label",
+    "get_2d_sincos_pos_embed", "modulate", "null_label",
 ]  # fmt: skip
 POS_EMBEDS = ("sincos", "learned")
 
@@ -583,7 +584,6 @@ _S = dict(depth=12, hidden_size=384, num_heads=6)
 _B = dict(depth=12, hidden_size=768, num_heads=12)
 _L = dict(depth=24, hidden_size=1024, num_heads=16)
 _XL = dict(depth=28, hidden_size=1152, num_heads=16)
-
 DiT_XL_2 = partial(DiT, patch_size=2, **_XL)
 DiT_XL_4 = partial(DiT, patch_size=4, **_XL)
 DiT_XL_8 = partial(DiT, patch_size=8, **_XL)
@@ -596,59 +596,12 @@ DiT_B_8 = partial(DiT, patch_size=8, **_B)
 DiT_S_2 = partial(DiT, patch_size=2, **_S)
 DiT_S_4 = partial(DiT, patch_size=4, **_S)
 DiT_S_8 = partial(DiT, patch_size=8, **_S)
-
 DiT_models = {
     "DiT-XL/2": DiT_XL_2, "DiT-XL/4": DiT_XL_4, "DiT-XL/8": DiT_XL_8,
     "DiT-L/2": DiT_L_2, "DiT-L/4": DiT_L_4, "DiT-L/8": DiT_L_8,
     "DiT-B/2": DiT_B_2, "DiT-B/4": DiT_B_4, "DiT-B/8": DiT_B_8,
     "DiT-S/2": DiT_S_2, "DiT-S/4": DiT_S_4, "DiT-S/8": DiT_S_8,
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------
-# What a model costs
-
-
-def count_macs(model):
-    """Multiply-adds of one forward pass of one input: what the paper's tables call Gflops (in units of 1e9).
-
-    Counted from the operations that run, on a copy without storage. FLOPs are twice this.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        clone = type(model)(**model.config).eval()
-        clone(*_one_input(clone))
-    return counter.get_total_flops() // 2
-
-
-def count_activation_bytes(model):
-    """Bytes that autograd keeps for the backward pass of one float32 input, weights aside.
-
-    Measured on a copy without storage, with the fused attention of the CPU.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept = {}
-
-    def keep(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        clone = type(model)(**model.config).eval()
-        weights = {weight.untyped_storage()._cdata for weight in clone.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = clone(*_one_input(clone))
-        del out
-    return sum(size for storage, size in kept.items() if storage not in weights)
-
-
-def _one_input(model):
-    label = torch.zeros(1, dtype=torch.long) if model.num_classes else None
-    return torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), label
 
 
 def main(args):

@@ -13,19 +13,19 @@ From the published weights, fetched on first use; classes by name, few steps, an
 import os
 from itertools import cycle, islice
 
-from data import is_image
-from images import check_folder, make_folder, save_gif, save_grid, save_image, to_uint8
-from labels import class_names, resolve_labels
-from runtime import Parser, UserError, launch, set_precision, start_processes
-from sampler import (
-    Plan,
+from checkpointing.published import published_checkpoint
+from runtime.class_names import class_names, resolve_labels
+from runtime.cli import Parser, UserError, launch
+from runtime.distributed import init_distributed, set_precision
+from runtime.image_io import check_folder, is_image, make_folder, save_gif, save_grid, save_image, to_uint8
+from sampler import CheckpointSpec
+from sampling.options import (
     add_checkpoint_arguments,
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
     check_cuda_graphs,
     check_published_draws,
-    published_checkpoint,
     sampling_options,
 )
 
@@ -46,7 +46,7 @@ def main(args):
     options = sampling_options(args)
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
-    plan = Plan(
+    plan = CheckpointSpec(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
         num_classes=args.num_classes, vae=args.vae, guide=args.guide,
     )  # fmt: skip
@@ -64,8 +64,8 @@ def main(args):
     for name in ("sample.png", *(["sample.gif"] if args.gif else [])):
         if os.path.isdir(name):
             raise UserError(f"{name}: is a folder; remove it, or sample elsewhere")
-    processes = start_processes()
-    precision = set_precision(args.precision, processes.device)
+    dist = init_distributed()
+    precision = set_precision(args.precision, dist.device)
     prepare_folder = check_folder if args.dry_run else make_folder
     prepare_folder(os.getcwd(), "working folder")
     if args.out:
@@ -75,7 +75,7 @@ def main(args):
         return
 
     # Load the model:
-    sampler = plan.build(processes.device, precision, args.compile, args.cuda_graphs)
+    sampler = plan.build(dist.device, precision, args.compile, args.cuda_graphs)
 
     # Sample:
     images = sampler.sample(

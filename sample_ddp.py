@@ -18,22 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm.auto import tqdm
 
-import checkpoint
-from archive import SampleArchive
-from autoencoder import PUBLISHED_VAES, resolve_vae
-from download import find_local
-from images import check_folder, make_folder, save_image, to_uint8
-from runtime import Parser, UserError, create_logger, launch, set_precision, start_processes, whole_file
-from sampler import (
-    DRAWS,
+from checkpointing import files as checkpoints
+from checkpointing.published import find_local, published_checkpoint
+from runtime.autoencoder import PUBLISHED_VAES, resolve_vae
+from runtime.cli import Parser, UserError, atomic_write, create_logger, launch
+from runtime.distributed import init_distributed, set_precision
+from runtime.image_io import check_folder, make_folder, save_image, to_uint8
+from sampler import CheckpointSpec
+from sampling.noise import DRAWS
+from sampling.npz_writer import NpzWriter
+from sampling.options import (
     FID_CFG_SCALE,
-    Plan,
     add_checkpoint_arguments,
     add_guide_argument,
     add_sampling_arguments,
     add_speed_arguments,
     check_cuda_graphs,
-    published_checkpoint,
     sampling_options,
 )
 
@@ -55,8 +55,8 @@ def main(args):
     options = sampling_options(args)
     if args.ckpt is None:
         args.ckpt = published_checkpoint(args)
-    processes = start_processes()
-    plan = Plan(
+    dist = init_distributed()
+    plan = CheckpointSpec(
         args.ckpt, weights=args.weights, model=args.model, image_size=args.image_size,
         num_classes=args.num_classes, vae=args.vae, guide=args.guide, default_vae=DEFAULT_VAE,
         defaults=dict(cfg_scale=FID_CFG_SCALE),
@@ -65,23 +65,23 @@ def main(args):
     plan.check_pictures()
     if args.labels == "balanced" and not plan.model_config["num_classes"]:
         raise UserError("--labels balanced: this model is unconditional; leave it out")
-    precision = set_precision(args.precision or (None if args.tf32 else "fp32"), processes.device)
+    precision = set_precision(args.precision or (None if args.tf32 else "fp32"), dist.device)
     folder = os.path.join(args.sample_dir, folder_name(args, plan, options))
-    archive = SampleArchive(
+    archive = NpzWriter(
         f"{folder}.npz", folder, (args.num_fid_samples, *plan.image_size, 3), args.per_proc_batch_size,
         has_labels=plan.model_config["num_classes"] > 0,
     )  # fmt: skip
     if args.dry_run:
-        would = processes.on_main(foresee, args, plan, options, precision, archive)
-        if processes.is_main:
+        would = dist.on_main(foresee, args, plan, options, precision, archive)
+        if dist.is_main:
             print(f"Would {would} {os.path.basename(folder)}; options are sound, nothing was written.")
         return
 
     # Find what is there of this run, or make its folder:
-    done, is_whole, draws = processes.on_main(begin, args, plan, options, precision, archive)
-    logger = create_logger(enabled=processes.is_main)
-    if is_whole:
-        if processes.is_main:
+    done, is_complete, draws = dist.on_main(begin, args, plan, options, precision, archive)
+    logger = create_logger(enabled=dist.is_main)
+    if is_complete:
+        if dist.is_main:
             gone = args.png and not any(name.endswith(".png") for name in os.listdir(folder))
             also = ", its PNGs are removed and not made again" if gone else ""
             logger.info(f"{archive.path} is complete{also}; remove it and its folder to sample again")
@@ -90,23 +90,23 @@ def main(args):
         logger.info(f"Continuing {folder}: {len(done)} of {len(archive.batches)} batches are there")
 
     # Sample:
-    sampler = plan.build(processes.device, precision, args.compile, args.cuda_graphs)
-    todo = [batch for batch in archive.batches if batch not in done][processes.rank :: processes.world_size]
-    sample_batches(todo, sampler, archive, args, dict(options, draws=draws), processes)
-    processes.barrier()
+    sampler = plan.build(dist.device, precision, args.compile, args.cuda_graphs)
+    todo = [batch for batch in archive.batches if batch not in done][dist.rank :: dist.world_size]
+    sample_batches(todo, sampler, archive, args, dict(options, draws=draws), dist)
+    dist.barrier()
 
     # Sum up:
-    if processes.is_main:
+    if dist.is_main:
         archive.finish()
         logger.info(f"Saved .npz file to {archive.path} [shape={archive.shape}].")
-    processes.barrier()
+    dist.barrier()
 
 
-def sample_batches(todo, sampler, archive, args, options, processes):
+def sample_batches(todo, sampler, archive, args, options, dist):
     """Sample these batches; images are written by threads while the next ones are made."""
     total = sum(len(archive.rows(batch)) for batch in todo)
     pending = deque()
-    bar = tqdm(total=total, desc="Sampling", unit="image", disable=not processes.is_main)
+    bar = tqdm(total=total, desc="Sampling", unit="image", disable=not dist.is_main)
     with ThreadPoolExecutor(max_workers=4) as pool, ThreadPoolExecutor(max_workers=1) as writer, bar:
         try:
             for batch in todo:
@@ -119,7 +119,7 @@ def sample_batches(todo, sampler, archive, args, options, processes):
                 for i, row in enumerate(rows if args.png else ()):
                     path = os.path.join(archive.folder, f"{row:06d}.png")
                     jobs.append(pool.submit(save_image, path, pixels[i], seeds[i], labels and labels[i]))
-                pending.append(writer.submit(commit, archive, batch, pixels, labels, jobs, processes.rank))
+                pending.append(writer.submit(commit, archive, batch, pixels, labels, jobs, dist.rank))
                 while len(pending) > PENDING:
                     pending.popleft().result()
                 bar.update(len(rows))
@@ -148,13 +148,13 @@ def commit(archive, batch, pixels, labels, jobs, writer):
 def begin(args, plan, options, precision, archive):
     """Make the folder and the JSON of settings, or check that they are this run's; then see what is there.
 
-    Returns what SampleArchive.begin does, and the rule of its draws, see SampleNoise."""
+    Returns what NpzWriter.begin does, and the rule of its draws, see SampleNoise."""
     settings = describe(args, plan, options, precision)
     make_folder(args.sample_dir, "--sample-dir")
     make_folder(archive.folder, "--sample-dir")
     archive.acquire()  # before anything is looked at, which another run may be just making
     settings["draws"] = check_found(archive, settings)
-    with whole_file(f"{archive.folder}.json") as file:
+    with atomic_write(f"{archive.folder}.json") as file:
         versions = dict(torch=torch.__version__, ckpt=args.ckpt, images=os.path.basename(archive.path))
         json.dump(dict(versions, settings=settings), file, indent=1)
     return *archive.begin(), settings["draws"]
@@ -228,7 +228,7 @@ def fingerprint(state):
 def folder_name(args, plan, options):
     """The name of the folder of samples: what tells one run from another."""
     config = plan.model_config
-    model = checkpoint.registry_name(config) or "DiT-{depth}x{hidden_size}p{patch_size}".format(**config)
+    model = checkpoints.registry_name(config) or "DiT-{depth}x{hidden_size}p{patch_size}".format(**config)
     path = os.path.abspath(args.ckpt)
     weights = os.path.splitext(os.path.basename(path))[0]
     if os.path.basename(os.path.dirname(path)) == "checkpoints":

@@ -27,36 +27,34 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-import checkpoint
-import sharding
-from autoencoder import resolve_vae
-from data import BatchOrder, Guarded, hold_out, read_batches
+from checkpointing import files as checkpoints
+from checkpointing import sharded
+from checkpointing.published import find_file, find_local, local_inception
+from checkpointing.sharded import local, whole
 from diffusion import create_process
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from download import find_file, find_local, local_inception
-from experiment import Best, Experiment, Foreseen, Meter, Metrics, comparable, memory_gib, peak_flops
-from images import make_folder, save_gif, save_grid
-from inception import SampleFID, share_of
-from models import DiT, count_macs
-from runtime import (
+from evaluation.inception import SampleFID, share_of
+from models import DiT
+from runtime.autoencoder import resolve_vae
+from runtime.cli import Stopped, Tolerance, UserError, create_logger, launch
+from runtime.distributed import (
     EVALUATION,
     STEP,
-    Processes,
-    Stopped,
+    Distributed,
     StopRequest,
-    Tolerance,
-    UserError,
-    create_logger,
     fold_seed,
     generator_for,
-    launch,
+    init_distributed,
     leave_group,
     set_precision,
-    start_processes,
     torchrun_agent,
 )
-from sampler import FID_CFG_SCALE, Sampler, settle_options
-from settings import (
+from runtime.flops import count_macs, peak_flops
+from runtime.image_io import make_folder, save_gif, save_grid
+from sampler import Sampler
+from sampling.options import FID_CFG_SCALE, resolve_sampling_options
+from training.dataset import DistributedBatchSampler, ReadableDataset, hold_out, make_loader
+from training.options import (
     build_parser,
     check_data,
     check_options,
@@ -71,15 +69,16 @@ from settings import (
     sampling_defaults,
     source,
 )
-from sharding import local, whole
+from training.run_dir import BestCheckpoint, Experiment, Foreseen, reproducible_args
+from training.run_log import Meter, Metrics, memory_gib
 
 
 def main(args):
     """Train a diffusion transformer, then sample it."""
     # Check the options, and open the data:
     check_options(args)
-    processes = start_processes()
-    device, world_size = processes.device, processes.world_size
+    dist = init_distributed()
+    device, world_size = dist.device, dist.world_size
     args.precision = set_precision(args.precision, device)
     if args.shard and world_size == 1:
         raise UserError("--shard: one process has nothing to share weights with; start several with torchrun")
@@ -88,43 +87,43 @@ def main(args):
             f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
             f" x --grad-accum-steps {args.grad_accum_steps}"
         )
-    dataset = open_training_data(args, processes)
+    dataset = open_training_data(args, dist)
     check_data(args, dataset)
     keep_absolute(args)
     model_config = configure_model(args, dataset)
     process = create_process(process_config(args))
-    settle_options(model_config, process, sampling_defaults(args))  # for the pictures at the end
+    resolve_sampling_options(model_config, process, sampling_defaults(args))  # for the pictures at the end
     training_set, held_out = hold_out(dataset, args.global_seed) if args.eval_every else (dataset, None)
     steps_per_epoch = len(training_set) // args.global_batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
     if held_out is not None:
-        held_out = Guarded(held_out, args.skip_bad_images)
-        with processes.agreeing():
+        held_out = ReadableDataset(held_out, args.skip_bad_images)
+        with dist.agreeing():
             # Later on, an unreadable one would stop every run:
-            for row in range(len(held_out))[processes.rank :: world_size]:
+            for row in range(len(held_out))[dist.rank :: world_size]:
                 problem = held_out[(row, False)][2]
                 if problem and not args.skip_bad_images:
                     raise UserError(problem)
     data = describe_data(args, dataset)
     if args.dry_run:
         config = dict(model=model_config, process=process.config, data=data)
-        words = processes.on_main(foresee, args, dataset, config, total)
-        if processes.is_main:
+        words = dist.on_main(foresee, args, dataset, config, total)
+        if dist.is_main:
             print_plan(args, dataset, model_config, total, steps_per_epoch, world_size, *words)
         return
 
     # Load the autoencoder and the weights to start from, which can fail, before anything is written:
     initial = fid = None
-    with processes.agreeing():
+    with dist.agreeing():
         autoencoder = open_autoencoder(args, dataset, device)
         if args.init_from:
-            initial = checkpoint.load(find_file(args.init_from, "--init-from"), "--init-from")
+            initial = checkpoints.load(find_file(args.init_from, "--init-from"), "--init-from")
         if args.fid_ref:
-            fid = open_fid(args, processes)
+            fid = open_fid(args, dist)
 
     # Find the run to continue, or make a folder:
-    experiment, folder, resume_path = find_run(args, processes)
-    logger = create_logger(folder, enabled=processes.is_main)
+    experiment, folder, resume_path = find_run(args, dist)
+    logger = create_logger(folder, enabled=dist.is_main)
     tolerate = Tolerance(logger)
     logger.info(f"Experiment directory {'found' if resume_path else 'created'} at {folder}")
 
@@ -132,9 +131,9 @@ def main(args):
     torch.manual_seed(fold_seed(args.global_seed))
     model = DiT(**model_config)
     if initial is not None:
-        logger.info(checkpoint.initialize(model, initial))
+        logger.info(checkpoints.initialize(model, initial))
     model = model.to(device)
-    trainer, meter = Trainer(args, model, process, autoencoder, processes), Meter()
+    trainer, meter = Trainer(args, model, process, autoencoder, dist), Meter()
     ema, optimizer, timestep_sampler = trainer.ema, trainer.optimizer, trainer.timestep_sampler
     start = 0
     config = dict(
@@ -144,7 +143,7 @@ def main(args):
     if resume_path:
         start, changes = restore(resume_path, args, config, total, trainer, meter)
         logger.info(f"Continuing after step {start:,} from {resume_path}{changes}")
-    processes.on_main(lambda: experiment.go_on(args))
+    dist.on_main(lambda: experiment.prepare_resume(args))
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     logger.info(f"Dataset contains {len(training_set):,} images ({source(args)})")
     logger.info(
@@ -152,22 +151,22 @@ def main(args):
     )
 
     def save(step):
-        watch.check(processes, path)
+        watch.check(dist, path)
         plain = dict(
             args=vars(args), step=step, timestep_sampler=timestep_sampler.state_dict(),
-            meter=processes.gather(meter.state_dict()), config=config,
+            meter=dist.gather(meter.state_dict()), config=config,
         )  # fmt: skip
         if args.shard:
             groups = optimizer.state_dict()["param_groups"]
-            written = processes.broadcast(experiment and experiment.checkpoint_path(step, folder=True))
-            sharding.save(written, model, ema, optimizer, dict(plain, param_groups=groups), processes)
+            written = dist.broadcast(experiment and experiment.checkpoint_path(step, folder=True))
+            sharded.save(written, model, ema, optimizer, dict(plain, param_groups=groups), dist)
         else:
-            processes.assert_same(model.parameters())
+            dist.assert_same(model.parameters())
             state = dict(plain, model=model.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict())
-            written = processes.on_main(write_checkpoint, experiment, step, state)
-        if processes.is_main:
+            written = dist.on_main(write_checkpoint, experiment, step, state)
+        if dist.is_main:
             with tolerate("--keep-checkpoints"):
-                checkpoint.retain(experiment.checkpoints, args.keep_checkpoints)
+                checkpoints.retain(experiment.checkpoints, args.keep_checkpoints)
             logger.info(f"Saved checkpoint to {written}")
         return written
 
@@ -175,35 +174,35 @@ def main(args):
         with tolerate("pictures"):  # where memory runs out, which is known to all
             averaged = ema
             if args.shard:
-                with processes.agreeing():
-                    averaged = sharding.gather_copy(ema, device)
+                with dist.agreeing():
+                    averaged = sharded.gather_copy(ema, device)
             sampler = Sampler(averaged, process, autoencoder, device, sampling_defaults(args))
             for scale in args.sample_cfg_scales or [None]:
                 with stop.interrupting(averaged):
-                    pictures = sample_grid(sampler, args.global_seed, scale, args.sample_gif, processes)
-                if processes.is_main:
+                    pictures = sample_grid(sampler, args.global_seed, scale, args.sample_gif, dist)
+                if dist.is_main:
                     with tolerate("pictures"):
                         path = experiment.picture_path(step, scale)
                         rows = save_pictures(*pictures, path)
                         logger.info(f"Samples{rows}: {path}")
 
     def compute_fid(step):
-        averaged = sharding.gather_copy(ema, device) if args.shard else ema
+        averaged = sharded.gather_copy(ema, device) if args.shard else ema
         with stop.interrupting(averaged):
             value = fid(Sampler(averaged, process, autoencoder, device, fid.sampling))
         contents = dict(ema=averaged.state_dict(), args=vars(args), step=step, config=config)
         kept = False
-        if processes.is_main:
+        if dist.is_main:
             with tolerate(best.path, UserError):  # a numbered checkpoint that cannot be written stops the run
                 kept = best.offer(value, contents)
         logger.info(f"(step={step:07d}) {fid.name}: {value:.4f}" + (", the best so far" if kept else ""))
         return {fid.name: value}
 
     def measure(step):
-        loss = evaluate(process, ema, autoencoder, held_out, args, processes, stop.check)
+        loss = evaluate(process, ema, autoencoder, held_out, args, dist, stop.check)
         logger.info(f"(step={step:07d}) Eval Loss: {loss:.4f}")
         fids = compute_fid(step) if fid else {}
-        if processes.is_main:
+        if dist.is_main:
             metrics.write(step, eval_loss=loss, **fids)
 
     # Train:
@@ -216,27 +215,29 @@ def main(args):
             folder, start_step=start, tolerate=tolerate, use_wandb=args.wandb, settings=settings
         )
 
-    processes.on_main(open_metrics)
-    if processes.is_main:
-        best = Best(experiment, fid.settings, start) if fid else None
-    order = BatchOrder(
-        training_set, args.global_batch_size, rank=processes.rank, world_size=world_size,
+    dist.on_main(open_metrics)
+    if dist.is_main:
+        best = BestCheckpoint(experiment, fid.settings, start) if fid else None
+    order = DistributedBatchSampler(
+        training_set, args.global_batch_size, rank=dist.rank, world_size=world_size,
         seed=args.global_seed, start_step=start, stop_step=total,
     )  # fmt: skip
-    batches = read_batches(Guarded(training_set, args.skip_bad_images), order, args.num_workers, device)
+    batches = make_loader(
+        ReadableDataset(training_set, args.skip_bad_images), order, args.num_workers, device
+    )
     peak = peak_flops(device, args.precision)
     # The share of the peak that a step a second would be, by this device's FLOP:
     share = 6 * count_macs(model) * args.global_batch_size / world_size / peak if peak else None
-    stop, watch, path, saved = StopRequest(processes), Watch(device), resume_path, start
+    stop, watch, path, saved = StopRequest(dist), NonFiniteDetector(device), resume_path, start
     bar = tqdm(
-        total=total, initial=start, desc="Training", unit="step", disable=not processes.is_main,
+        total=total, initial=start, desc="Training", unit="step", disable=not dist.is_main,
         dynamic_ncols=True,
     )  # fmt: skip
     trained, problems, unreadable = start, [], False
     try:
         with bar, contextlib.closing(batches):
             # What was due at the step that is gone on from, and was cut off:
-            made = processes.on_main(lambda: (metrics.names, experiment.has_pictures(start, args)))
+            made = dist.on_main(lambda: (metrics.names, experiment.has_pictures(start, args)))
             if start and args.eval_every and start % args.eval_every == 0 and "eval_loss" not in made[0]:
                 measure(start)
             if args.sample_every and 0 < start < total and start % args.sample_every == 0 and not made[1]:
@@ -253,9 +254,9 @@ def main(args):
                 bar.update()
 
                 if step % args.log_every == 0 or step == total:
-                    watch.check(processes, path)
-                    means = meter.read(processes)
-                    if processes.is_main:
+                    watch.check(dist, path)
+                    means = meter.read(dist)
+                    if dist.is_main:
                         report(means, norm, step, total, share, args, device, metrics, logger, bar)
                 if args.eval_every and step % args.eval_every == 0:
                     measure(step)
@@ -274,12 +275,12 @@ def main(args):
         return
 
     # Sample:
-    if processes.is_main:
+    if dist.is_main:
         metrics.close()
     if args.sample_every != 0:
         sample(total)
     leave_group()
-    if processes.is_main:
+    if dist.is_main:
         with tolerate(folder):
             experiment.finish()
         python = "uv run" if "UV" in os.environ else "python"
@@ -298,12 +299,12 @@ class Trainer:
     args: as train.py's options
     """
 
-    def __init__(self, args, model, process, autoencoder, processes):
+    def __init__(self, args, model, process, autoencoder, dist):
         self.args, self.model, self.process = args, model, process
-        self.autoencoder, self.processes = autoencoder, processes
+        self.autoencoder, self.dist = autoencoder, dist
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        self.parallel = prepare(model, self.ema, args, processes).train()
-        self.network = autocast(self.parallel, processes.device, args.precision)
+        self.parallel = prepare(model, self.ema, args, dist).train()
+        self.network = autocast(self.parallel, dist.device, args.precision)
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=args.lr,
@@ -319,7 +320,7 @@ class Trainer:
         check: called between two of --grad-accum-steps parts; where it raises, nothing is trained.
         """
         args = self.args
-        draws = draw_step(args, step, self.processes, self.timestep_sampler, self.model)
+        draws = draw_step_noise(args, step, self.dist, self.timestep_sampler, self.model)
         set_learning_rate(self.optimizer, learning_rate(args, step))
         self.optimizer.zero_grad(set_to_none=True)
         terms = backward(
@@ -332,21 +333,21 @@ class Trainer:
         return terms, draws["t"], norm
 
 
-def draw_step(args, step, processes, timestep_sampler, model):
+def draw_step_noise(args, step, dist, timestep_sampler, model):
     """All that is random in a step, for this process's rows: posterior, t, weights, noise and drop.
 
     Drawn for the whole global batch from (seed, step), then cut: the same rows get the same draws however
     many processes there are, and a resumed run needs no generator's state.
     """
-    n, device = args.global_batch_size, processes.device
+    n, device = args.global_batch_size, dist.device
     generator = generator_for(device, args.global_seed, STEP, step)
     shape = (n, model.in_channels, *model.input_size)
     posterior = torch.randn(shape, device=device, generator=generator)
     t, weights = timestep_sampler.sample(n, device, generator)
     noise = torch.randn(shape, device=device, generator=generator)
     drop = torch.rand(n, device=device, generator=generator) < args.class_dropout_prob
-    share = n // processes.world_size
-    rows = slice(processes.rank * share, (processes.rank + 1) * share)
+    share = n // dist.world_size
+    rows = slice(dist.rank * share, (dist.rank + 1) * share)
     draws = dict(posterior=posterior, t=t, weights=weights, noise=noise, drop=drop)
     return {name: values[rows] for name, values in draws.items()}
 
@@ -368,14 +369,14 @@ def backward(process, network, parallel, autoencoder, images, labels, draws, arg
         x_start = encode(rows["images"], rows["posterior"])
         model_kwargs = dict(y=rows["labels"], force_drop_ids=rows["drop"]) if args.num_classes else {}
         is_last = part == parts - 1
-        with exchanging(parallel, is_last):
+        with ddp_sync(parallel, is_last):
             terms = process.training_losses(network, x_start, rows["t"], model_kwargs, noise=rows["noise"])
             ((terms["loss"] * rows["weights"]).mean() / parts).backward()
         collected.append({name: value.detach() for name, value in terms.items()})
     return {name: torch.cat([terms[name] for terms in collected]) for name in collected[0]}
 
 
-def exchanging(parallel, now):
+def ddp_sync(parallel, now):
     """A context in which processes exchange gradients, or put that off while they add up."""
     if hasattr(parallel, "set_requires_gradient_sync"):  # FSDP
         parallel.set_requires_gradient_sync(now)
@@ -393,7 +394,7 @@ def gradient_norm(model, clip):
     return whole(torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True))
 
 
-class Watch:
+class NonFiniteDetector:
     """Notes the first step whose loss or gradient is not finite, without waiting for a GPU."""
 
     def __init__(self, device):
@@ -403,9 +404,9 @@ class Watch:
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
         self.first = torch.where((self.first == 0) & bad, step, self.first)
 
-    def check(self, processes, path):
+    def check(self, dist, path):
         """Stop the run where there was one; path: the last checkpoint, which stands."""
-        steps = [step for step in processes.gather(self.first.item()) if step]
+        steps = [step for step in dist.gather(self.first.item()) if step]
         if steps:
             stands = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
             again = "continue with --resume FOLDER" if path else "start again"
@@ -460,16 +461,16 @@ def report(means, norm, step, total, share, args, device, metrics, logger, bar):
 
 
 @torch.no_grad()
-def evaluate(process, ema, autoencoder, held_out, args, processes, check, batch_size=64):
+def evaluate(process, ema, autoencoder, held_out, args, dist, check, batch_size=64):
     """The mean loss of the averaged weights on held-out images, each with the same t and noise every time."""
-    generator, device = generator_for("cpu", args.global_seed, EVALUATION), processes.device
+    generator, device = generator_for("cpu", args.global_seed, EVALUATION), dist.device
     n, shape = len(held_out), (len(held_out), ema.in_channels, *ema.input_size)
-    t = process.even_t(n, "cpu")
+    t = process.stratified_t(n, "cpu")
     noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     encode, total = autoencoder.draw if args.feature_path else autoencoder.encode, 0.0
-    for batch in torch.arange(n).split(batch_size * processes.world_size):
+    for batch in torch.arange(n).split(batch_size * dist.world_size):
         check()
-        rows = batch[processes.rank :: processes.world_size]
+        rows = batch[dist.rank :: dist.world_size]
         rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
         images, labels, _ = zip(*(held_out[(int(row), False)] for row in rows))
         images, labels = torch.stack(images).to(device), torch.tensor(labels, device=device)
@@ -478,11 +479,11 @@ def evaluate(process, ema, autoencoder, held_out, args, processes, check, batch_
         losses = process.training_losses(
             ema, x_start, t[rows].to(device), model_kwargs, noise=noise[rows].to(device)
         )
-        total += losses["loss"].double().sum().item() if processes.rank < len(batch) else 0.0
-    return sum(processes.gather(total)) / n
+        total += losses["loss"].double().sum().item() if dist.rank < len(batch) else 0.0
+    return sum(dist.gather(total)) / n
 
 
-def sample_grid(sampler, seed, cfg_scale, gif, processes):
+def sample_grid(sampler, seed, cfg_scale, gif, dist):
     """Samples, a row of ten a class of at most ten, evenly spread, each process making an equal part of them.
 
     Returns, on the main process, images (N, C, H, W), how they came out of the noise, a list of the same or
@@ -492,18 +493,18 @@ def sample_grid(sampler, seed, cfg_scale, gif, processes):
     shown = sorted({round(i * (classes - 1) / 9) for i in range(10)}) if classes else []
     labels = [label for label in shown for _ in range(10)]
     count = len(labels) or 40
-    start, stop = share_of(count, 1, processes)
+    start, stop = share_of(count, 1, dist)
     # Where there are more processes than samples, those without one make the first, and it is not taken:
     mine = range(start, stop) or range(1)
-    with processes.agreeing():
+    with dist.agreeing():
         images = sampler.sample(
             [labels[i] for i in mine] if classes else len(mine), seeds=seed + mine.start, cfg_scale=cfg_scale,
-            return_trajectory=gif, progress=processes.is_main,
+            return_trajectory=gif, progress=dist.is_main,
         )  # fmt: skip
     images, frames = images if gif else (images, None)
-    images = processes.join_rows(images[: stop - start])
+    images = dist.join_rows(images[: stop - start])
     if gif:  # one at a time, for the sake of a GPU's memory
-        frames = [processes.join_rows(frame[: stop - start]) for frame in frames]
+        frames = [dist.join_rows(frame[: stop - start]) for frame in frames]
     return images, frames, shown
 
 
@@ -520,15 +521,15 @@ def save_pictures(images, frames, shown, path):
 # Beginning, continuing and ending
 
 
-def find_run(args, processes):
+def find_run(args, dist):
     """Find the run to continue, or make a folder, which every process must see.
 
     Returns its Experiment, which the main process alone has, its folder, and the checkpoint to continue from.
     """
-    agents = processes.gather(torchrun_agent())
+    agents = dist.gather(torchrun_agent())
     if args.resume in ("auto", "never"):
-        processes.on_main(make_folder, args.results_dir, "--results-dir")
-        processes.check_shared(args.results_dir, "--results-dir")
+        dist.on_main(make_folder, args.results_dir, "--results-dir")
+        dist.check_shared(args.results_dir, "--results-dir")
     experiment = None
 
     def begin():
@@ -536,17 +537,17 @@ def find_run(args, processes):
         experiment = Experiment(args, agents)
         return experiment.folder, experiment.resumed
 
-    folder, resume_path = processes.on_main(begin)
+    folder, resume_path = dist.on_main(begin)
     if args.resume not in ("auto", "never"):
-        processes.check_shared(folder, "--resume")
+        dist.check_shared(folder, "--resume")
     return experiment, folder, resume_path
 
 
-def open_fid(args, processes):
+def open_fid(args, dist):
     """What computes --fid-ref's FID."""
     return SampleFID(
         args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
-        sampling=sampling_defaults(args, FID_CFG_SCALE), processes=processes,
+        sampling=sampling_defaults(args, FID_CFG_SCALE), dist=dist,
     )  # fmt: skip
 
 
@@ -556,7 +557,7 @@ def foresee(args, dataset, config, total):
 
     config: of the model, process and data, as in a checkpoint
     """
-    alone = Processes(0, 1, torch.device("cpu"))
+    alone = Distributed(0, 1, torch.device("cpu"))
     if os.path.isdir(resolve_vae(args.vae)):
         open_autoencoder(args, dataset, alone.device)
     if args.fid_ref and (args.inception_weights or local_inception()):
@@ -568,7 +569,7 @@ def foresee(args, dataset, config, total):
         if path is not None:
             with torch.device("meta"):
                 model = DiT(**config["model"])
-            initial = checkpoint.initialize(model, checkpoint.load(path, "--init-from"))
+            initial = checkpoints.initialize(model, checkpoints.load(path, "--init-from"))
     experiment = Foreseen(args)
     if experiment.resumed:
         contents, _, changes = open_run(experiment.resumed, args, config, total)
@@ -580,18 +581,18 @@ def foresee(args, dataset, config, total):
     return run, initial
 
 
-def prepare(model, ema, args, processes):
+def prepare(model, ema, args, dist):
     """Compile and checkpoint the model's blocks as asked, and share its work, or its weights, among
     processes."""
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         model.compile_blocks()
     if args.shard:
-        sharding.shard(ema)
-        return sharding.shard(model)
-    if processes.world_size == 1:
+        sharded.shard(ema)
+        return sharded.shard(model)
+    if dist.world_size == 1:
         return model
-    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    device_ids = [dist.device.index] if dist.device.type == "cuda" else None
     # A static graph cannot know no_sync's and checkpointing's extra passes:
     static = args.grad_accum_steps == 1 and not args.grad_checkpointing
     return DistributedDataParallel(
@@ -618,15 +619,15 @@ def restore(path, args, config, total, trainer, meter):
     """
     contents, found, changes = open_run(path, args, config, total)
     if args.shard:
-        sharding.restore(path, trainer.model, trainer.ema, trainer.optimizer, contents["step"])
+        sharded.restore(path, trainer.model, trainer.ema, trainer.optimizer, contents["step"])
     else:
-        checkpoint.load_weights(trainer.model, found.state_dict("raw"), path, "--resume")
-        checkpoint.load_weights(trainer.ema, found.state_dict("ema"), path, "--resume")
+        checkpoints.load_weights(trainer.model, found.state_dict("raw"), path, "--resume")
+        checkpoints.load_weights(trainer.ema, found.state_dict("ema"), path, "--resume")
         trainer.optimizer.load_state_dict(contents["opt"])
         for group in trainer.optimizer.param_groups:  # as given now, should it differ
             group["weight_decay"] = args.weight_decay
     trainer.timestep_sampler.load_state_dict(contents["timestep_sampler"])
-    meter.load_state_dicts(contents["meter"], trainer.processes)
+    meter.load_state_dicts(contents["meter"], trainer.dist)
     return contents["step"], changes
 
 
@@ -639,9 +640,9 @@ def open_run(path, args, config, total):
             raise UserError(
                 f"--shard: {path} is of a run without it; leave it out, or give it to --init-from"
             )
-        contents = torch.load(os.path.join(path, sharding.PLAIN), map_location="cpu", weights_only=True)
+        contents = torch.load(os.path.join(path, sharded.PLAIN), map_location="cpu", weights_only=True)
     else:
-        found = checkpoint.load(path, "--resume")
+        found = checkpoints.load(path, "--resume")
         contents = found.contents
     changes = check_same_run(path, contents, config, args)
     if total < contents["step"]:
@@ -661,7 +662,7 @@ def check_same_run(path, contents, config, args):
                     f" {new.get(name)}; give the run's own, or give the file to --init-from"
                 )
     changed_data = check_same_data(path, contents["config"].get("data", {}), config["data"], args)
-    old, new = comparable(contents["args"]), comparable(vars(args))
+    old, new = reproducible_args(contents["args"]), reproducible_args(vars(args))
     changed = [name for name in new if name in old and new[name] != old[name]]
     return changed_data + "".join(f"; now {name} {new[name]} (was {old[name]})" for name in changed)
 
@@ -692,7 +693,7 @@ def check_same_data(path, old, new, args):
 def write_checkpoint(experiment, step, state):
     """Save a checkpoint of the main process's; returns its path."""
     path = experiment.checkpoint_path(step)
-    checkpoint.save(path, state)
+    checkpoints.save(path, state)
     return path
 
 

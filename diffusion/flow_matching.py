@@ -64,7 +64,7 @@ TIME_SAMPLINGS = ("uniform", "logit-normal")
 # Where a prediction says nothing of the data at pure noise, sampling begins this much after: the first step
 # multiplies an error of predicted noise by about (alpha at its end) / (alpha at its start). Where it says
 # nothing of the noise at clean data, it is not asked there.
-NEARLY = 1 / 80
+T_EPS = 1 / 80
 
 
 def velocity(output, x, a, s):
@@ -163,7 +163,7 @@ class FlowMatching:
             t = torch.sigmoid(self.time_mean + self.time_std * normal)
         return self._shifted(t)
 
-    def even_t(self, n, device):
+    def stratified_t(self, n, device):
         """Times (n,) for evaluation: uniform ones, whatever times the training draws, so that losses of runs
         with different time_sampling or shift can be compared."""
         return (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n
@@ -214,11 +214,9 @@ class FlowMatching:
         exact = dict(dtype=torch.float64, device="cpu")
         alpha, _ = self.path.alpha(torch.ones((), **exact))
         vanishes = self.prediction in ("noise", "score") and alpha < 1e-6
-        start = 1 - NEARLY if vanishes else self.path.start
+        start = 1 - T_EPS if vanishes else self.path.start
         known_at_end = self.prediction == "velocity" and self.path.end == 0
-        times = torch.linspace(
-            self._unshifted(start), self._unshifted(self.path.end), steps + 1, **exact
-        )
+        times = torch.linspace(self._unshifted(start), self._unshifted(self.path.end), steps + 1, **exact)
         points = []
         for i, t in enumerate(self._shifted(times)):
             (alpha, dalpha), (sigma, dsigma) = self.path.alpha(t), self.path.sigma(t)

@@ -20,20 +20,22 @@ import torch
 from tqdm.auto import tqdm
 
 from .diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
-from .schedules import betas_for_alpha_bar, get_beta_schedule, get_named_beta_schedule
+from .schedules import (
+    betas_for_alpha_bar,
+    get_beta_schedule,
+    get_named_beta_schedule,
+    noisiest_step,
+    respaced_betas,
+    space_timesteps,
+)
 from .solvers import SOLVERS, Point, run_solver
 
 __all__ = [
     "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar",
     "get_beta_schedule", "get_named_beta_schedule",
 ]  # fmt: skip
-
-
 # The samplers that walk the steps of a (re)spaced process, as published; the others solve its ODE:
 SPACED_SAMPLERS = ("ddpm", "ddim")
-# Where a schedule ends in a cliff, sampling starts below this noise level sigma / alpha; see noisiest_step:
-START_LEVEL = 80.0  # the highest one of Karras et al., arXiv 2206.00364
-STEEP = 20.0  # a cliff: ln(alpha) falls this fast, over all steps as one; the linear schedule's end by 10
 
 
 class ModelMeanType(enum.Enum):
@@ -49,9 +51,7 @@ class ModelVarType(enum.Enum):
     LEARNED = enum.auto()  # the model predicts its logarithm
     FIXED_SMALL = enum.auto()  # the posterior variance
     FIXED_LARGE = enum.auto()  # beta
-    LEARNED_RANGE = (
-        enum.auto()
-    )  # the model interpolates, in the logarithm, between the two (-1 small, 1 large)
+    LEARNED_RANGE = enum.auto()  # it interpolates, in the logarithm, between the two (-1 small, 1 large)
 
 
 class LossType(enum.Enum):
@@ -71,14 +71,18 @@ class GaussianDiffusion:
     """A diffusion process with these betas (T,), and how a model is trained for it and sampled with it.
 
     A model is a function (x, t, **model_kwargs) -> prediction, (N, C, …) or, where the variance is learned,
-    (N, 2C, …). timestep_map (T,) are the times the model is given, by default 0 … T-1; see SpacedDiffusion.
+    (N, 2C, …). timestep_map (T,) are the times the model is given, by default 0 … T-1, and original_betas
+    those of the process that the steps were taken out of; see SpacedDiffusion.
     config: plain data from which create_process builds the process again.
     """
 
     samplers = (*SPACED_SAMPLERS, "dpm++", "euler", "heun")
     sampling = dict(sampler="ddpm", steps="250")  # unless told otherwise
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, timestep_map=None, config=None):
+    def __init__(
+        self, *, betas, model_mean_type, model_var_type, loss_type, timestep_map=None, original_betas=None,
+        config=None,
+    ):  # fmt: skip
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.config = dict(config or {})
         betas = np.array(betas, dtype=np.float64)
@@ -86,10 +90,12 @@ class GaussianDiffusion:
             raise ValueError(
                 f"betas must be 1-D, in (0, 1]: got {betas.shape} from {betas.min()} to {betas.max()}"
             )
-        self.num_timesteps = self.original_num_steps = len(betas)
+        self.num_timesteps = len(betas)
         self.timestep_map = np.arange(len(betas)) if timestep_map is None else np.array(timestep_map)
 
-        self.betas = self.original_betas = betas
+        self.betas = betas
+        self.original_betas = betas if original_betas is None else np.array(original_betas, dtype=np.float64)
+        self.original_num_steps = len(self.original_betas)
         alphas = 1.0 - betas
         self.alphas_cumprod = np.cumprod(alphas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
@@ -122,17 +128,15 @@ class GaussianDiffusion:
 
     def respaced(self, spec):
         """The same process over other steps of the original schedule: a spacing, see space_timesteps."""
-        from .respace import space_timesteps  # which builds on this class
-
         return self._over(space_timesteps(self.original_num_steps, spec))
 
     def _over(self, steps):
         """The same process over a set of the original steps."""
-        from .respace import SpacedDiffusion
-
-        return SpacedDiffusion(
-            steps,
-            betas=self.original_betas,
+        kept = sorted(steps)
+        return GaussianDiffusion(
+            betas=respaced_betas(self.original_betas, kept),
+            timestep_map=kept,
+            original_betas=self.original_betas,
             model_mean_type=self.model_mean_type,
             model_var_type=self.model_var_type,
             loss_type=self.loss_type,
@@ -245,11 +249,8 @@ class GaussianDiffusion:
         )
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        recip, recipm1 = (
-            self._at("sqrt_recip_alphas_cumprod", t, x_t),
-            self._at("sqrt_recipm1_alphas_cumprod", t, x_t),
-        )
-        return (recip * x_t - pred_xstart) / recipm1
+        recip = self._at("sqrt_recip_alphas_cumprod", t, x_t)
+        return (recip * x_t - pred_xstart) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """The mean of p_mean_var moved along cond_fn's gradient (guided diffusion, algorithm 1).
@@ -396,24 +397,12 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def noisiest_step(self):
-        """The original step that sampling starts from: the last one, unless the schedule ends in a cliff.
-
-        The last steps of the cosine schedule hold a signal of 1/80 to 1/20000, and that of "jsd" none at all,
-        but one or two steps of sampling later it is a tenth. Predicted noise gives x_start with the error of
-        the prediction times sigma / alpha, so a sampler that started there would multiply that error by
-        hundreds. The steps that are skipped are pure noise but for 1/START_LEVEL.
-        """
-        signal, step = np.sqrt(np.cumprod(1 - self.original_betas)), self.original_num_steps - 1
-        steep = math.exp(-STEEP / self.original_num_steps)
-        while step > 1 and signal[step] < 1 / START_LEVEL and signal[step] < steep * signal[step - 1]:
-            step -= 1
-        return step
+        """The original step that sampling starts from; see schedules.noisiest_step."""
+        return noisiest_step(self.original_betas)
 
     def _steps_to_walk(self, steps):
         """The set of original steps that ddpm and ddim take: the spacing's, where those after noisiest_step
         are replaced by the noisiest ones left, as far as there are any."""
-        from .respace import space_timesteps
-
         if steps is None:
             kept = set(self.timestep_map.tolist())
         else:
@@ -427,7 +416,7 @@ class GaussianDiffusion:
         kept = self._steps_to_walk(steps)
         return self if kept == set(self.timestep_map.tolist()) else self._over(kept)
 
-    def even_t(self, n, device):
+    def stratified_t(self, n, device):
         """Times (n,) for evaluation: the middles of n equal intervals, so that a mean over them is that over
         all steps. (Their left ends have step 0, where the loss is highest, among them.)"""
         return (2 * torch.arange(n, device=device) + 1) * self.num_timesteps // (2 * n)

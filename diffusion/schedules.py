@@ -1,8 +1,13 @@
-"""Noise schedules by name: betas, the share of noise that each step adds."""
+"""Noise schedules by name: betas, the share of noise that each step adds; and which of the steps are kept."""
 
 import math
+import operator
 
 import numpy as np
+
+# Where a schedule ends in a cliff, sampling starts below this noise level sigma / alpha; see noisiest_step:
+START_LEVEL = 80.0  # the highest one of Karras et al., arXiv 2206.00364
+STEEP = 20.0  # a cliff: ln(alpha) falls this fast, over all steps as one; the linear schedule's end by 10
 
 
 def get_beta_schedule(beta_schedule, *, beta_start, beta_end, num_diffusion_timesteps):
@@ -50,3 +55,85 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     steps = num_diffusion_timesteps
     ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
     return np.array([min(1 - ratio, max_beta) for ratio in ratios], dtype=np.float64)
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """The set of steps, out of range(num_timesteps), that a spacing keeps.
+
+    section_counts   "ddimN"   N steps a whole-number stride apart, starting at 0 (DDIM's spacing)
+                     "a,b,c"   cut the steps into equal sections and keep a, b, c of them, evenly; also [a, b,
+                               c]
+                     "N", N    N steps, evenly from the first to the last
+    Raises ValueError, naming the value, where that cannot be done.
+    """
+    spec = section_counts
+    if isinstance(spec, str) and spec.startswith("ddim"):
+        return _stride_steps(num_timesteps, spec)
+    if isinstance(spec, str):
+        try:
+            counts = [int(count) for count in spec.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"{spec!r} is not a number of steps: give a number as 250, numbers as 10,15,20, or ddim50"
+            ) from None
+    else:
+        try:
+            counts = [operator.index(count) for count in ([spec] if np.isscalar(spec) else spec)]
+        except TypeError:
+            raise ValueError(f"{spec!r} is not a whole number of steps") from None
+    if any(count < 0 for count in counts) or sum(counts) < 1:
+        raise ValueError(f"{spec!r} steps: there must be at least 1")
+
+    steps, start = [], 0
+    size, remainder = divmod(num_timesteps, len(counts))
+    for section, count in enumerate(counts):
+        length = size + (section < remainder)
+        if count > length:
+            raise ValueError(f"{spec!r}: {count} steps cannot be taken out of {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        # A float grown by repeated addition, then rounded half to even: for some counts (21, 23, 31 …) this
+        # differs from rounding a linspace, and the published weights are sampled with it.
+        position = 0.0
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride
+        start += length
+    return set(steps)
+
+
+def _stride_steps(num_timesteps, spec):
+    try:
+        wanted = int(spec.removeprefix("ddim"))
+    except ValueError:
+        raise ValueError(f"{spec!r} is not a number of steps: ddim takes a whole number, as ddim50") from None
+    feasible = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
+    if wanted not in feasible:  # the dict keeps the smallest stride of each count
+        nearest = sorted(sorted(feasible), key=lambda count: abs(count - wanted))[:2]
+        raise ValueError(
+            f"{spec!r}: no whole-number stride gives {wanted} of {num_timesteps} steps;"
+            f" the nearest that exist are {' and '.join(f'ddim{count}' for count in sorted(nearest))}"
+        )
+    return set(range(0, num_timesteps, feasible[wanted]))
+
+
+def respaced_betas(betas, kept):
+    """The betas, float64 (len(kept),), of the process over the kept steps (ascending) of the one with these
+    betas (T,): the marginals q(x_t | x_start) stay what they are."""
+    alphas_cumprod = np.cumprod(1.0 - betas)[kept]
+    return 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+
+
+def noisiest_step(betas):
+    """The step that sampling starts from, of the process with these betas (T,): the last one, unless the
+    schedule ends in a cliff.
+
+    The last steps of the cosine schedule hold a signal of 1/80 to 1/20000, and that of "jsd" none at all, but
+    one or two steps of sampling later it is a tenth. Predicted noise gives x_start with the error of the
+    prediction times sigma / alpha, so a sampler that started there would multiply that error by hundreds. The
+    steps that are skipped are pure noise but for 1/START_LEVEL.
+    """
+    signal, step = np.sqrt(np.cumprod(1 - betas)), len(betas) - 1
+    steep = math.exp(-STEEP / len(betas))
+    while step > 1 and signal[step] < 1 / START_LEVEL and signal[step] < steep * signal[step - 1]:
+        step -= 1
+    return step

@@ -47,7 +47,7 @@ def _run(argv, output, environment, before, command):
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from runtime import launch
+    from runtime.cli import launch
 
     module = importlib.import_module(command)
 

@@ -52,7 +52,7 @@ class Tiny:
 def use_tiny():
     """Make evaluate.py and train.py of this process take the tiny network, and statistics of its size."""
     import evaluate
-    import inception
+    from evaluation import inception
 
     def load(path, device, any_weights=False):
         return Tiny()

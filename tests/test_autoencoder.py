@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import autoencoder
-from autoencoder import SD_SCALE, Pixels, describe_vae, load_autoencoder, resolve_vae
-from runtime import UserError
+import runtime.autoencoder
+from runtime.autoencoder import SD_SCALE, Pixels, describe_vae, load_autoencoder, resolve_vae
+from runtime.cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def save_vae(folder, **options):
 
 
 def test_large_images_pass_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 4 * 64 * 64)
+    monkeypatch.setattr(runtime.autoencoder, "PIXELS_AT_ONCE", 4 * 64 * 64)
     vae, sizes = load_autoencoder(save_vae(tmp_path / "vae"), CPU), []
     vae.model.encoder.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
     vae.model.decoder.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))

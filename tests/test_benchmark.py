@@ -11,11 +11,13 @@ import torch
 import benchmark
 from benchmark import BenchmarkConfig
 from diffusion import create_diffusion
-from experiment import memory_gib, restart_peak_memory
-from models import DiT_models, count_macs
-from runtime import Processes, launch
+from models import DiT_models
+from runtime.cli import launch
+from runtime.distributed import Distributed
+from runtime.flops import count_macs
+from training.run_log import memory_gib, restart_peak_memory
 
-CPU = Processes(0, 1, torch.device("cpu"))
+CPU = Distributed(0, 1, torch.device("cpu"))
 SMALL = BenchmarkConfig("DiT-S/8", 64, 3, "fp32")
 SIZES = ["--model", "DiT-S/8", "--image-size", 64, "--batch", 3]
 BRIEF = ["--repeats", 2, "--seconds", 0.01, "--num-workers", 0]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import build_tiny, rule_input
 
-import checkpoint
-from models import BLOCKS, FFNS, ConvFFN, CrossAttention, DiT, DiT_models, count_macs
+from checkpointing import files as checkpoints
+from models import BLOCKS, FFNS, ConvFFN, CrossAttention, DiT, DiT_models
+from runtime.flops import count_macs
 
 OPTIONS = {
     **{f"block {name}": dict(block=name) for name in BLOCKS},
@@ -89,7 +90,8 @@ def test_shapes_gradients_and_config(overrides):
     again = DiT(**model.config)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(x, t, y), model.eval()(x, t, y))
-    assert checkpoint.infer_model_config(model.state_dict(), "x", "DiT-S/2")["block"] == model.config["block"]
+    inferred = checkpoints.infer_model_config(model.state_dict(), "x", "DiT-S/2")
+    assert inferred["block"] == model.config["block"]
 
 
 @options

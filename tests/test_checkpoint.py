@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import build_tiny, load_rule_weights
 
-import checkpoint
+from checkpointing import files as checkpoints
 from models import DiT_models
-from runtime import UserError
+from runtime.cli import UserError
 
 
 def small(name="DiT-S/8", **overrides):
@@ -30,17 +30,17 @@ def refusal(call, *args, **kwargs):
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "0000001.pt"
-    checkpoint.save(path, dict(model=dict(a=torch.ones(3))))
+    checkpoints.save(path, dict(model=dict(a=torch.ones(3))))
 
     def full(*args, **kwargs):
         args[1].write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    message = refusal(checkpoint.save, path, dict(model=dict(a=torch.zeros(3))))
+    message = refusal(checkpoints.save, path, dict(model=dict(a=torch.zeros(3))))
     assert "could not be written (No space left on device); earlier checkpoints stand" in message
     assert os.listdir(tmp_path) == [path.name]
-    assert checkpoint.load(path).state_dict()["a"].tolist() == [1, 1, 1]
+    assert checkpoints.load(path).state_dict()["a"].tolist() == [1, 1, 1]
 
 
 def test_setting_aside_again(tmp_path):
@@ -49,8 +49,8 @@ def test_setting_aside_again(tmp_path):
             (tmp_path / step).mkdir(exist_ok=True)
             (tmp_path / step / "shard").write_bytes(what)
         (tmp_path / "0000012.pt").write_bytes(what)
-        checkpoint.set_aside(str(tmp_path), 4)
-        assert list(checkpoint.numbered(tmp_path)) == [4]
+        checkpoints.set_aside(str(tmp_path), 4)
+        assert list(checkpoints.numbered(tmp_path)) == [4]
         assert sorted(os.listdir(tmp_path)) == [
             "0000004", "0000008.unused", "0000012.pt.unused", "0000012.unused"
         ]  # fmt: skip
@@ -59,13 +59,13 @@ def test_setting_aside_again(tmp_path):
 
 def test_a_training_checkpoint_keeps_both_weights(tmp_path):
     path = tmp_path / "c.pt"
-    checkpoint.save(
+    checkpoints.save(
         path, dict(model=dict(a=torch.ones(1)), ema=dict(a=torch.zeros(1)), config=dict(model=dict(depth=2)))
     )
-    found = checkpoint.load(path)
+    found = checkpoints.load(path)
     assert found.state_dict("ema")["a"] == 0 and found.state_dict("raw")["a"] == 1
-    checkpoint.save(str(tmp_path / "best.pt"), dict(ema=dict(a=torch.zeros(1)), step=3))
-    best = checkpoint.load(str(tmp_path / "best.pt"))
+    checkpoints.save(str(tmp_path / "best.pt"), dict(ema=dict(a=torch.zeros(1)), step=3))
+    best = checkpoints.load(str(tmp_path / "best.pt"))
     assert best.state_dict()["a"] == 0
     with pytest.raises(UserError, match="--weights raw: .*best.pt holds averaged weights alone"):
         best.state_dict("raw")
@@ -79,7 +79,7 @@ def test_the_published_script_s_checkpoint_loads(tmp_path):
         dict(model=model.state_dict(), ema=model.state_dict(), opt={}, args=argparse.Namespace(model="x")),
         path,
     )
-    assert set(checkpoint.load(path).state_dict()) == set(model.state_dict())
+    assert set(checkpoints.load(path).state_dict()) == set(model.state_dict())
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -90,10 +90,10 @@ def test_a_bare_state_dict_loads_strictly(tmp_path, suffix):
     model = load_rule_weights(small("DiT-S/8", num_classes=7, input_size=16), 0.05)
     path = str(tmp_path / f"weights.{suffix}")
     (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), path)
-    found = checkpoint.load(path)
+    found = checkpoints.load(path)
     config = found.model_config(model="DiT-S/8", image_size=128, num_classes=7)
     assert config == model.config == found.model_config()
-    again = checkpoint.build_model(config, found.state_dict(), path)
+    again = checkpoints.build_model(config, found.state_dict(), path)
     assert not again.training
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -116,20 +116,20 @@ def test_another_model_than_said(tmp_path, options, message, with_config):
         else model.state_dict(),
         path,
     )
-    assert refusal(checkpoint.load(path).model_config, **options) == message.format(path=path)
+    assert refusal(checkpoints.load(path).model_config, **options) == message.format(path=path)
 
 
 def test_weights_that_do_not_fit(tmp_path):
     model, state = build_tiny(), build_tiny(num_classes=12).state_dict()
-    message = refusal(checkpoint.load_weights, model, state, "c.pt")
+    message = refusal(checkpoints.load_weights, model, state, "c.pt")
     assert re.search(
         r"does not fit a DiT of depth 2.*embedding_table.weight is \(13, 64\) there and \(11, 64\) here",
         message,
     )
     state = build_tiny(depth=3).state_dict()
-    assert "it has an unknown blocks.2." in refusal(checkpoint.load_weights, model, state, "c.pt")
+    assert "it has an unknown blocks.2." in refusal(checkpoints.load_weights, model, state, "c.pt")
     state = build_tiny(depth=1).state_dict()
-    assert "it lacks blocks.1." in refusal(checkpoint.load_weights, model, state, "c.pt")
+    assert "it lacks blocks.1." in refusal(checkpoints.load_weights, model, state, "c.pt")
 
 
 class Payload:
@@ -142,7 +142,7 @@ class Payload:
 def test_nothing_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(dict(model=Payload()), "c.pt")
-    assert "refused, since loading it would execute code" in refusal(checkpoint.load, "c.pt")
+    assert "refused, since loading it would execute code" in refusal(checkpoints.load, "c.pt")
     assert not os.path.exists("executed")
 
 
@@ -151,35 +151,35 @@ def test_files_that_are_no_checkpoint(tmp_path):
         (tmp_path / name).write_bytes(content)
         return str(tmp_path / name)
 
-    assert refusal(checkpoint.load, "nowhere.pt") == "--ckpt nowhere.pt: no such file"
+    assert refusal(checkpoints.load, "nowhere.pt") == "--ckpt nowhere.pt: no such file"
     for content in (b"", b"junk", b"PK\x03\x04 junk", b"\x80\x02}q\x00"):
-        assert "not a checkpoint" in refusal(checkpoint.load, write("c.pt", content))
-    assert "not a safetensors file" in refusal(checkpoint.load, write("c.safetensors", b"junk"))
+        assert "not a checkpoint" in refusal(checkpoints.load, write("c.pt", content))
+    assert "not a safetensors file" in refusal(checkpoints.load, write("c.safetensors", b"junk"))
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
-    assert "it holds a Tensor" in refusal(checkpoint.load, str(tmp_path / "tensor.pt"))
+    assert "it holds a Tensor" in refusal(checkpoints.load, str(tmp_path / "tensor.pt"))
     torch.save(dict(a=1), tmp_path / "numbers.pt")
     assert "neither a training checkpoint nor a state dict" in refusal(
-        checkpoint.load, str(tmp_path / "numbers.pt")
+        checkpoints.load, str(tmp_path / "numbers.pt")
     )
     torch.save(dict(a=torch.ones(2)), tmp_path / "other.pt")
-    other = checkpoint.load(str(tmp_path / "other.pt"))
+    other = checkpoints.load(str(tmp_path / "other.pt"))
     assert "not the state dict of a DiT (no x_embedder.proj.weight)" in refusal(other.model_config)
 
 
 def test_a_run_s_folder(tmp_path):
-    message = refusal(checkpoint.load, str(tmp_path))
+    message = refusal(checkpoints.load, str(tmp_path))
     assert message == f"--ckpt {tmp_path}: a folder without weights"
     (tmp_path / "checkpoints").mkdir()
     for name in ("0000010.pt", "0000020.pt"):
         (tmp_path / "checkpoints" / name).touch()
     newest = tmp_path / "checkpoints" / "0000020.pt"
-    assert f"; give a checkpoint of that run, as {newest}" in refusal(checkpoint.load, str(tmp_path))
+    assert f"; give a checkpoint of that run, as {newest}" in refusal(checkpoints.load, str(tmp_path))
 
 
 def test_a_file_cut_short(tmp_path):
     path = tmp_path / "c.pt"
-    checkpoint.save(path, dict(model=build_tiny().state_dict()))
+    checkpoints.save(path, dict(model=build_tiny().state_dict()))
     whole = path.read_bytes()
     for share in (0.1, 0.5, 0.99):
         path.write_bytes(whole[: int(len(whole) * share)])
-        assert "not a checkpoint, or cut short" in refusal(checkpoint.load, str(path))
+        assert "not a checkpoint, or cut short" in refusal(checkpoints.load, str(path))

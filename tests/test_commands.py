@@ -1,6 +1,7 @@
-"""The commands as documented: help on every option, and README lines that parse; the lists of
-dependencies."""
+"""The commands and documents: help on every option; commands, options, files and links of the documents are
+there; the lists of dependencies."""
 
+import hashlib
 import importlib
 import json
 import re
@@ -16,11 +17,28 @@ from conftest import ROOT
 from test_data import write_image
 
 from models import DiT, DiT_models
-from runtime import launch
+from runtime.cli import launch
 
 COMMANDS = sorted(path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser(" in path.read_text())
-README = (ROOT / "README.md").read_text()
-SCRIPTS = r"\b(train|sample|sample_ddp|extract_features|evaluate)\.py\b"
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    if path.exists()
+}
+SCRIPTS = rf"({'|'.join(COMMANDS)})\.py"
+# Options in the documents that are torchrun's or uv's:
+FOREIGN_OPTIONS = {
+    "--nnodes",
+    "--nproc_per_node",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--max-restarts",
+    "--shutdown-timeout",
+    "--group",
+    "--isolated",
+    "--resolution",
+    "--python",
+}
 
 
 def test_all_commands_are_found():
@@ -57,17 +75,62 @@ def test_help_says_everything(name):
     parser.format_help()
 
 
-def readme_commands():
-    """Every line of these scripts in the README's code blocks, continued lines joined."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def documented_commands(*names):
+    """Every command in the bash blocks of these documents (default: all), once, continued lines joined."""
+    texts = [DOCUMENTS[name] for name in names or DOCUMENTS]
+    blocks = re.findall(r"^```bash\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if re.search(SCRIPTS, line)]
+    lines = [" ".join(line.split("#")[0].split()) for line in lines]
+    return list(dict.fromkeys(line for line in lines if re.search(rf"(^|\s){SCRIPTS}(\s|$)", line)))
 
 
 def test_readme_has_the_commands():
-    found = "\n".join(readme_commands())
+    found = "\n".join(documented_commands("README.md"))
     for expected in ("uv run train.py --preset digits", "uv run sample.py --ckpt", "torchrun --nnodes=1"):
         assert expected in found
+    assert DOCUMENTS["README.md"].count("\n") <= 150
+
+
+def test_documented_options_exist():
+    parsers = [importlib.import_module(name).build_parser() for name in COMMANDS]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    for name, text in DOCUMENTS.items():
+        if name == "CONTRIBUTING.md":  # which has other tools' options
+            continue
+        used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+        assert used <= known | FOREIGN_OPTIONS, f"{name}: {sorted(used - known - FOREIGN_OPTIONS)}"
+
+
+def test_documented_files_exist():
+    there = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for name, text in DOCUMENTS.items():
+        for file in set(re.findall(r"(?<![\w./])(?:\w+/)*\w+\.py\b", text)):
+            assert any(f"/{path}".endswith(f"/{file}") for path in there), f"{name}: there is no {file}"
+
+
+def anchors(text):
+    """The link targets that GitHub makes of a document's headings."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_of_documents(name):
+    text, folder = DOCUMENTS[name], (ROOT / name).parent
+    targets = re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text)
+    for target in targets:
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (folder / file).resolve() if file else ROOT / name
+        assert path.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(path.read_text()), f"{name}: {target}"
+    if name.startswith("docs/"):
+        assert name in re.findall(r"\(([^)\s]+)\)", DOCUMENTS["README.md"]) and "../README.md" in targets
+        contents = re.search(r"\A# .+\n\n(Contents: .+?)\n\n", text, re.DOTALL)[1]
+        sections = re.findall(r"^## .+$", text, re.MULTILINE)
+        assert re.findall(r"\(#([^)]+)\)", contents) == [anchors(section)[0] for section in sections]
 
 
 def write_checkpoint(path, **config):
@@ -77,7 +140,7 @@ def write_checkpoint(path, **config):
     state = {key: torch.zeros(1).expand(value.shape) for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = dict(vae="none", factor=1) if model.in_channels == 1 else {}
-    torch.save(dict(ema=state, config=dict(model=model.config, autoencoder=pixels)), path)
+    torch.save(dict(ema=state, model=state, config=dict(model=model.config, autoencoder=pixels)), path)
 
 
 def write_cache(folder):
@@ -86,8 +149,9 @@ def write_cache(folder):
     np.save(folder / "moments.npy", np.zeros((256, 2, 8, 1, 1), np.float16))
     np.save(folder / "labels.npy", np.arange(256) % 10)
     vae = dict(vae="stabilityai/sd-vae-ft-ema", channels=4, factor=8, scale=0.18215, shift=0.0)
-    files = dict(moments="moments.npy", labels="labels.npy")
-    shards = [dict(files, bytes=(folder / "moments.npy").stat().st_size, sha256="0" * 64)]
+    moments = (folder / "moments.npy").read_bytes()
+    sha256 = hashlib.sha256(moments).hexdigest()
+    shards = [dict(moments="moments.npy", labels="labels.npy", bytes=len(moments), sha256=sha256)]
     manifest = dict(
         complete=True,
         vae=vae,
@@ -109,29 +173,44 @@ def write_evaluated(folder):
         np.savez_compressed(folder / name, images, **statistics)
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_readme_commands_run_dry(line, tmp_path, monkeypatch, capsys):
-    """With images for a batch and to hold out, checkpoints and so on, where the reader would have them."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory):
+    """Images for a batch and to hold out, checkpoints and so on, where a reader of the documents has them."""
+    folder = tmp_path_factory.mktemp("reader")
     for i in range(300):
-        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", size=(4, 4), seed=i)
-    write_checkpoint(tmp_path / "model.pt", **DiT_models["DiT-XL/2"].keywords)
+        write_image(folder / "images" / "ab"[i % 2] / f"{i}.png", size=(4, 4), seed=i)
+    write_checkpoint(folder / "model.pt", **DiT_models["DiT-XL/2"].keywords)
     digits = dict(input_size=8, in_channels=1, hidden_size=64, depth=2, num_heads=4, num_classes=10)
-    write_checkpoint(tmp_path / "results/000-DiT-S-2-digits/checkpoints/0002000.pt", **digits)
+    write_checkpoint(folder / "results/000-DiT-S-2-digits/checkpoints/0002000.pt", **digits)
+    write_cache(folder / "features")
+    write_evaluated(folder)
+    return folder
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_run_dry(line, readers_folder, monkeypatch, capsys):
+    """Those without --dry-run are parsed."""
+    monkeypatch.chdir(readers_folder)
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if re.fullmatch(SCRIPTS, word))
-    if words[script] != "extract_features.py":  # else it is yet to be written
-        write_cache(tmp_path / "features")
-    write_evaluated(tmp_path)
     here = {"/path/to/imagenet/train": "images", "/path/to/images": "images", "/path/to/model.pt": "model.pt"}
-    if words[script] == "train.py":  # else it is yet to be written
-        here["reference.npz"] = "my_reference.npz"
+    if words[script] == "train.py":  # else they are yet to be written
+        here |= {"reference.npz": "my_reference.npz", "features-mse": "features"}
+    if words[script] == "extract_features.py":  # the same
+        here |= {"features": "cache", "features-mse": "cache"}
     argv = [here.get(word, word) for word in words[script + 1 :]]
+    if words[0] == "torchrun" and "--shard" in argv:  # which this one process has nobody to share with
+        argv.remove("--shard")
     module = importlib.import_module(words[script].removesuffix(".py"))
-    before = sorted(tmp_path.rglob("*"))
+    parser = module.build_parser()
+    if "--dry-run" not in parser._option_string_actions:
+        parser.parse_args(argv)
+        return
+    before = sorted(readers_folder.rglob("*"))
     monkeypatch.setattr(sys, "argv", [words[script], *argv, "--dry-run"])
-    launch(module.main, module.build_parser())
-    assert "nothing was written" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
+    launch(module.main, parser)
+    assert "nothing was written" in capsys.readouterr().out
+    assert sorted(readers_folder.rglob("*")) == before
 
 
 def test_conda_environment_is_the_same_list():

@@ -16,18 +16,19 @@ from forked import finish, start_two
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import data
-from data import (
-    BatchOrder,
+import runtime.image_io
+from runtime import image_io
+from runtime.cli import UserError
+from runtime.image_io import center_crop_arr
+from training.dataset import (
+    DistributedBatchSampler,
     FolderImages,
-    Guarded,
-    center_crop_arr,
+    ReadableDataset,
     load_cifar10,
     load_digits,
+    make_loader,
     open_dataset,
-    read_batches,
 )
-from runtime import UserError
 
 CROPS = ["375x500", "768x1024", "300x90", "256x257", "70x64"]
 
@@ -321,7 +322,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def test_an_epoch_holds_every_image_once():
-    order = BatchOrder(Numbers(103), 10, seed=5, stop_step=25)
+    order = DistributedBatchSampler(Numbers(103), 10, seed=5, stop_step=25)
     batches = list(order)
     assert (
         order.steps_per_epoch == 10 and len(batches) == len(order) == 25 and {len(b) for b in batches} == {10}
@@ -331,39 +332,43 @@ def test_an_epoch_holds_every_image_once():
 
 
 def test_flips_are_fair_and_change_with_the_epoch():
-    batches = list(BatchOrder(Numbers(2000), 1000, seed=1, stop_step=4))
+    batches = list(DistributedBatchSampler(Numbers(2000), 1000, seed=1, stop_step=4))
     share = np.mean([mirrored for batch in batches for _, mirrored in batch])
     assert share == pytest.approx(0.5, abs=0.04)
     epochs = [dict(batches[i] + batches[i + 1]) for i in (0, 2)]
     assert np.mean([epochs[0][i] == epochs[1][i] for i in range(2000)]) == pytest.approx(0.5, abs=0.05)
     assert not any(
-        mirrored for batch in BatchOrder(load_digits(), 100, stop_step=20) for _, mirrored in batch
+        mirrored
+        for batch in DistributedBatchSampler(load_digits(), 100, stop_step=20)
+        for _, mirrored in batch
     )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_the_global_batch(world_size):
-    alone = list(BatchOrder(Numbers(50), 8, seed=3, stop_step=15))
+    alone = list(DistributedBatchSampler(Numbers(50), 8, seed=3, stop_step=15))
     shares = [
-        list(BatchOrder(Numbers(50), 8, rank=rank, world_size=world_size, seed=3, stop_step=15))
+        list(DistributedBatchSampler(Numbers(50), 8, rank=rank, world_size=world_size, seed=3, stop_step=15))
         for rank in range(world_size)
     ]
     assert alone == [sum(parts, []) for parts in zip(*shares)]
 
 
 def test_order_can_start_anywhere():
-    whole = list(BatchOrder(Numbers(50), 8, seed=3, stop_step=15))
-    assert list(BatchOrder(Numbers(50), 8, seed=3, start_step=9, stop_step=15)) == whole[9:]
-    assert list(BatchOrder(Numbers(50), 8, seed=4, stop_step=15)) != whole
+    whole = list(DistributedBatchSampler(Numbers(50), 8, seed=3, stop_step=15))
+    assert list(DistributedBatchSampler(Numbers(50), 8, seed=3, start_step=9, stop_step=15)) == whole[9:]
+    assert list(DistributedBatchSampler(Numbers(50), 8, seed=4, stop_step=15)) != whole
 
 
 def test_workers_change_nothing():
-    order = BatchOrder(Numbers(50), 8, seed=3, stop_step=12)
+    order = DistributedBatchSampler(Numbers(50), 8, seed=3, stop_step=12)
     alone = [
-        images for images, _, _ in read_batches(Guarded(Numbers(50), False), order, 0, torch.device("cpu"))
+        images
+        for images, _, _ in make_loader(ReadableDataset(Numbers(50), False), order, 0, torch.device("cpu"))
     ]
     workers = [
-        images for images, _, _ in read_batches(Guarded(Numbers(50), False), order, 2, torch.device("cpu"))
+        images
+        for images, _, _ in make_loader(ReadableDataset(Numbers(50), False), order, 2, torch.device("cpu"))
     ]
     assert all(torch.equal(a, b) for a, b in zip(alone, workers)) and len(workers) == 12
 
@@ -381,7 +386,7 @@ def test_only_a_share_of_a_large_folder_is_checked(tmp_path, monkeypatch):
         write_image(tmp_path / f"{i:02d}.png")
     (tmp_path / "19.png").write_bytes(b"junk")
     (tmp_path / "18.png").write_bytes(b"junk")
-    monkeypatch.setattr(data, "CHECKED_FILES", 3)
+    monkeypatch.setattr(runtime.image_io, "CHECKED_FILES", 3)
     with pytest.raises(UserError, match="19.png"):  # the first, a middle one and the last
         open_dataset("folder", str(tmp_path), 8)
 
@@ -389,4 +394,4 @@ def test_only_a_share_of_a_large_folder_is_checked(tmp_path, monkeypatch):
 def test_image_names_are_torchvision_s():
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    assert set(data.IMG_EXTENSIONS) == set(IMG_EXTENSIONS)
+    assert set(image_io.IMG_EXTENSIONS) == set(IMG_EXTENSIONS)

@@ -13,9 +13,10 @@ from test_train import SMALL, run
 
 import checkpoint
 import sample
+from checkpointing import files as checkpoints
 from diffusion import Guidance, create_diffusion, create_flow
 from models import BLOCKS, DiT_models
-from runtime import UserError, launch
+from runtime.cli import UserError, launch
 from sampler import Sampler
 
 VARIANTS = {
@@ -43,12 +44,12 @@ def test_trained_by_one_or_two(name, tmp_path):
         assert len(expected) == (2 if column == "eval_loss" else 6)
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
-    straight = checkpoint.load(str(one / "checkpoints" / "0000006.pt")).contents["ema"]
+    straight = checkpoints.load(str(one / "checkpoints" / "0000006.pt")).contents["ema"]
     straight = {key: value.clone() for key, value in straight.items()}
     middle = one / "checkpoints" / "0000003.pt"
     again = [*argv, "--results-dir", tmp_path / "one", "--resume", middle]
     assert forked.finish(forked.start(again, tmp_path / "out")) == [0]
-    continued = checkpoint.load(str(one / "checkpoints" / "0000006.pt"))
+    continued = checkpoints.load(str(one / "checkpoints" / "0000006.pt"))
     assert all(torch.equal(continued.contents["ema"][key], value) for key, value in straight.items())
 
     images = Sampler.from_checkpoint(continued.path, device="cpu").sample(2)
@@ -77,7 +78,7 @@ def test_unconditional_conv_from_a_flat_folder(tmp_path, monkeypatch):
         "--num-sampling-steps", 2, "--num-workers", 0, "--results-dir", tmp_path / "results",
     )  # fmt: skip
     (path,) = (tmp_path / "results").glob("*/checkpoints/*.pt")
-    config = checkpoint.load(str(path)).config
+    config = checkpoints.load(str(path)).config
     assert config["model"]["ffn"] == "conv" and config["model"]["num_classes"] == 0
     assert config["process"]["sigma_small"] and config["process"]["noise_schedule"] == "squaredcos_cap_v2"
     monkeypatch.chdir(tmp_path)
@@ -123,7 +124,7 @@ def save_run(path, seed, **overrides):
         parameter.data += 0.05 * torch.randn_like(parameter)
     process = create_diffusion(None, learn_sigma=False)
     config = dict(model=model.config, process=process.config, autoencoder=dict(vae="none"))
-    checkpoint.save(str(path), dict(ema=model.state_dict(), config=dict(config, sampling=dict(steps="5"))))
+    checkpoints.save(str(path), dict(ema=model.state_dict(), config=dict(config, sampling=dict(steps="5"))))
     return model.eval()
 
 

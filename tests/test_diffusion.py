@@ -45,7 +45,10 @@ def test_default_dtype_and_device_change_nothing(dtype, device):
             (diffusion, ["uniform", "loss-second-moment"]), (create_flow(), ["uniform"]),
             (create_flow(time_sampling="logit-normal"), ["logit-normal"]),
         ):  # fmt: skip
-            found += [process.training_losses(model, x_start, None, kwargs)["loss"], process.even_t(7, "cpu")]
+            found += [
+                process.training_losses(model, x_start, None, kwargs)["loss"],
+                process.stratified_t(7, "cpu"),
+            ]
             for name in names:
                 sampler = create_named_schedule_sampler(name, process)
                 sampler.update_with_local_losses(*[torch.ones(2, device="cpu", dtype=torch.int64)] * 2)
@@ -131,7 +134,7 @@ def test_even_times_give_the_expected_loss(schedule):
     losses = [  # the noise of 4,096 pixels is known to 2 %, the mean of 36 or more losses to 0.4 %
         diffusion.training_losses(ideal_model(diffusion), MEAN + STD * torch.randn(n, 1, 64, 64), t)["loss"]
         for n in (36, 75, 300, 1000, 1024)
-        for t in [diffusion.even_t(n, "cpu")]
+        for t in [diffusion.stratified_t(n, "cpu")]
     ]
     expected = losses[3].mean().item()  # every step once
     for found in losses:
@@ -142,7 +145,7 @@ def test_even_times_give_the_expected_loss(schedule):
 def test_even_times(n):
     """Their mean is that of all steps, fewer or more than there are; each is found as often as any other."""
     for diffusion in (create_diffusion(None), create_diffusion("100")):
-        t, steps = diffusion.even_t(n, "cpu"), diffusion.num_timesteps
+        t, steps = diffusion.stratified_t(n, "cpu"), diffusion.num_timesteps
         assert t.dtype == torch.int64 and len(t) == n and t.min() >= 0 and t.max() < steps
         assert t.double().mean().item() == pytest.approx((steps - 1) / 2, abs=0.5)
         counts = torch.bincount(t, minlength=steps)

@@ -8,7 +8,8 @@ import torch
 from conftest import build_tiny
 
 import download
-from runtime import UserError
+from checkpointing import published
+from runtime.cli import UserError
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "web").mkdir()
     torch.save(build_tiny().state_dict(), tmp_path / "web" / "DiT-XL-2-256x256.pt")
-    monkeypatch.setattr(download, "PRETRAINED_URL", (tmp_path / "web").as_uri() + "/")
+    monkeypatch.setattr(published, "PRETRAINED_URL", (tmp_path / "web").as_uri() + "/")
     return tmp_path
 
 
@@ -40,7 +41,7 @@ def test_many_download_once(weights, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", count)
     threads = [
-        threading.Thread(target=download.download_model, args=("DiT-XL-2-256x256.pt",)) for _ in range(6)
+        threading.Thread(target=published.download_model, args=("DiT-XL-2-256x256.pt",)) for _ in range(6)
     ]
     for thread in threads:
         thread.start()
@@ -51,17 +52,17 @@ def test_many_download_once(weights, monkeypatch):
 
 def test_inception_weights(weights, monkeypatch):
     """The published file, told by its checksum; anything else in its place is refused and not kept."""
-    path = weights / "pretrained_models" / download.INCEPTION_WEIGHTS
-    source = weights / "web" / download.INCEPTION_WEIGHTS
+    path = weights / "pretrained_models" / published.INCEPTION_WEIGHTS
+    source = weights / "web" / published.INCEPTION_WEIGHTS
     source.write_bytes(b"another file")
-    monkeypatch.setattr(download, "INCEPTION_URL", (weights / "web").as_uri() + "/")
+    monkeypatch.setattr(published, "INCEPTION_URL", (weights / "web").as_uri() + "/")
     with pytest.raises(UserError, match=r"6726825d\.pth: could not be downloaded .*, or it is another file"):
-        download.download_inception()
+        published.download_inception()
     assert not path.exists()
-    monkeypatch.setattr(download, "INCEPTION_SHA256", hashlib.sha256(b"another file").hexdigest())
-    assert download.download_inception() == str(path.relative_to(weights))
+    monkeypatch.setattr(published, "INCEPTION_SHA256", hashlib.sha256(b"another file").hexdigest())
+    assert published.download_inception() == str(path.relative_to(weights))
     source.unlink()
-    assert download.download_inception() and path.read_bytes() == b"another file"
+    assert published.download_inception() and path.read_bytes() == b"another file"
 
 
 def refusal(call, *args):
@@ -71,7 +72,7 @@ def refusal(call, *args):
 
 
 def test_what_is_not_there(weights):
-    refusal(download.download_model, "DiT-XL-2-512x512.pt")
+    refusal(published.download_model, "DiT-XL-2-512x512.pt")
     assert not (weights / "pretrained_models" / "DiT-XL-2-512x512.pt").exists()
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 from test_data import write_image
 
 import evaluate
-import inception
-from image_files import ArrayFile, PictureFolder
-from inception import compute_features, load_inception, share_of
-from runtime import Processes, UserError, launch
+from evaluation import inception
+from evaluation.image_reader import ImageFolderReader, NpzReader
+from evaluation.inception import compute_features, load_inception, share_of
+from runtime.cli import UserError, launch
+from runtime.distributed import Distributed
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def pictures(n, height=16, width=16, seed=0):
@@ -150,7 +151,7 @@ def test_npz(tmp_path, save):
     """In pieces, from anywhere, with what else it holds."""
     expected, path = pictures(11, 5, 7), str(tmp_path / "images.npz")
     save(path, expected, np.arange(11) % 3, mu=np.zeros(3))  # arr_0, arr_1
-    images = ArrayFile(path, "REF")
+    images = NpzReader(path, "REF")
     assert images.count == 11 and images.size == (5, 7) and not images.is_sorted_by_class
     np.testing.assert_array_equal(read(images), expected)
     np.testing.assert_array_equal(read(images, 3, 9), expected[3:9])
@@ -169,7 +170,7 @@ def test_npz(tmp_path, save):
 )
 def test_sorted_labels(tmp_path, labels, is_sorted):
     np.savez(tmp_path / "x.npz", pictures(4), np.array(labels, dtype=object if None in labels else None))
-    assert ArrayFile(str(tmp_path / "x.npz"), "SAMPLES").is_sorted_by_class == is_sorted
+    assert NpzReader(str(tmp_path / "x.npz"), "SAMPLES").is_sorted_by_class == is_sorted
 
 
 def test_folder(tmp_path):
@@ -179,7 +180,7 @@ def test_folder(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(expected[i]).save(tmp_path / name)
     (tmp_path / "b" / "notes.txt").write_text("no image")
-    images = PictureFolder(str(tmp_path), "REF")
+    images = ImageFolderReader(str(tmp_path), "REF")
     assert images.count == 6 and images.size == (8, 8) and images.is_sorted_by_class
     np.testing.assert_array_equal(read(images), expected)
     np.testing.assert_array_equal(list(images.pick([1, 5])), expected[[1, 5]])
@@ -188,20 +189,20 @@ def test_folder(tmp_path):
     write_image(flat / "0.png", size=(40, 20), seed=1)
     Image.fromarray(expected[0]).convert("L").save(flat / "1.png")
     with pytest.raises(UserError, match=r"1.png: is 8x8 where .*0.png is 40x20; all must be of one size"):
-        PictureFolder(str(flat), "REF")
-    cropped = PictureFolder(str(flat), "REF", crop=8)
+        ImageFolderReader(str(flat), "REF")
+    cropped = ImageFolderReader(str(flat), "REF", crop=8)
     assert not cropped.is_sorted_by_class
     assert [(image == image[..., :1]).all() for image in read(cropped)] == [False, True]
     (flat / "2.png").write_bytes(b"junk")
     with pytest.raises(
         UserError, match="2.png: cannot be read as an image"
     ):  # before the others are computed
-        PictureFolder(str(flat), "REF", crop=8)
+        ImageFolderReader(str(flat), "REF", crop=8)
 
 
 def test_shares_are_whole_batches_in_order():
     for count, size, world in ((100, 8, 3), (5, 8, 2), (64, 8, 8), (1, 1, 4)):
-        shares = [share_of(count, size, Processes(rank, world, None)) for rank in range(world)]
+        shares = [share_of(count, size, Distributed(rank, world, None)) for rank in range(world)]
         assert [i for share in shares for i in range(*share)] == list(range(count))
         assert all(start % size == 0 or start == count for start, _ in shares)
 
@@ -223,7 +224,7 @@ def save_huge(path, compressed, count):
 def read_within_limit(path, room, output):
     """In a process that may not have more memory than it has, but for room."""
     torch.set_num_threads(1)
-    network, images = Tiny(), ArrayFile(path, "SAMPLES")
+    network, images = Tiny(), NpzReader(path, "SAMPLES")
     network(torch.zeros(8, 3, 512, 683, dtype=torch.uint8))  # what needs memory once
     pages = int(open("/proc/self/statm").read().split()[0])
     limit = pages * resource.getpagesize() + room

@@ -20,11 +20,14 @@ from test_train import run
 import checkpoint
 import extract_features
 import sample
-from autoencoder import load_autoencoder
-from data import ALONE, MANIFEST, FolderImages, LatentCache, open_dataset
-from download import sha256_of
+from checkpointing import files as checkpoints
+from checkpointing.published import sha256_of
 from extract_features import shard_size
-from runtime import UserError, launch
+from runtime.autoencoder import load_autoencoder
+from runtime.cli import UserError, launch
+from runtime.distributed import ALONE
+from training.dataset import FolderImages, open_dataset
+from training.latent_cache import MANIFEST, LatentCache
 
 COUNT = 150  # images, in shards of three
 
@@ -221,10 +224,10 @@ def test_file_names_of_any_bytes(source, tmp_path, monkeypatch, capsys):
     sampled = command(sample, "--ckpt", ckpt, "--class-labels", "caf\udce9", "--num-sampling-steps", 2)
     assert "labels [0] (caf\\udce9)" in sampled
     command(checkpoint, "export", "--ckpt", ckpt, "--out", "out.safetensors")
-    assert checkpoint.load("out.safetensors").config["data"]["classes"] == ["caf\udce9", "the"]
+    assert checkpoints.load("out.safetensors").config["data"]["classes"] == ["caf\udce9", "the"]
     os.rename("out.safetensors", "out\udcff.safetensors")
     with pytest.raises(UserError, match="safetensors reads names in UTF-8 only; rename it"):
-        checkpoint.load("out\udcff.safetensors")
+        checkpoints.load("out\udcff.safetensors")
     extract = [*arguments(source, folder + "/../features\udcff"), "--data-path", folder]
     assert "Encoded 3 images" in command(extract_features, *extract)
     assert LatentCache(f"{tmp_path}/features\udcff").classes == ["caf\udce9", "the"]

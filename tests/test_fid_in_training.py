@@ -13,9 +13,9 @@ from forked import finish, rows, start, start_two, wait_for_step
 from networks import Tiny, use_tiny
 from test_train import SMALL
 
-import checkpoint
-import inception
-from metrics import frechet_distance
+from checkpointing import files as checkpoints
+from evaluation import inception
+from evaluation.metrics import frechet_distance
 from sampler import Sampler
 
 ARGV = [*SMALL, "--max-steps", 24, "--ckpt-every", 10, "--eval-every", 4, "--sample-every", 0,
@@ -48,7 +48,7 @@ def fids(folder):
 
 
 def best_of(folder):
-    return checkpoint.load(str(folder / "checkpoints" / "best.pt")).contents
+    return checkpoints.load(str(folder / "checkpoints" / "best.pt")).contents
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path, reference, monkeypatch, capsys, straight):
     import test_train
 
     monkeypatch.setattr(inception.Inception, "sizes", Tiny.sizes)
-    monkeypatch.setattr("train.start_processes", lambda: pytest.fail("work was begun"))
+    monkeypatch.setattr("train.init_distributed", lambda: pytest.fail("work was begun"))
     np.savez(tmp_path / "images.npz", np.zeros((5, 8, 8, 3), np.uint8))
     for argv, message in (
         (["--fid-ref", reference, "--eval-every", 0], "digits.npz: --eval-every says how often; give both"),

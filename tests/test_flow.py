@@ -250,7 +250,7 @@ def test_even_times_give_the_expected_loss():
         flow, uniform = create_flow(**options), torch.rand(2000)
         losses = [
             flow.training_losses(ideal(flow, torch.float32), MEAN + STD * torch.randn(len(t), 1, 32, 32), t)
-            for t in (flow.even_t(36, "cpu"), flow.even_t(75, "cpu"), uniform)
+            for t in (flow.stratified_t(36, "cpu"), flow.stratified_t(75, "cpu"), uniform)
         ]
         few, more, expected = (terms["loss"].mean().item() for terms in losses)
         assert few == pytest.approx(expected, rel=0.05) and more == pytest.approx(expected, rel=0.05)

@@ -205,7 +205,8 @@ class Latents:
 def test_published_sample_script(golden):
     """sample.py --seed 3 of the published repository on the CPU, from the seed to the latents."""
     from sample import PUBLISHED_LABELS
-    from sampler import PublishedNoise, Sampler
+    from sampler import Sampler
+    from sampling.noise import PublishedNoise
 
     model = load_rule_weights(DiT_models["DiT-S/8"](), 0.05)
     sampler = Sampler(model, autoencoder=Latents(), device="cpu")

@@ -11,7 +11,8 @@ from conftest import build_tiny, load_rule_weights
 import benchmark
 import train
 from benchmark import BenchmarkConfig
-from runtime import Processes, launch, set_precision
+from runtime.cli import launch
+from runtime.distributed import Distributed, set_precision
 from sampler import Sampler
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +51,7 @@ def test_recorded_steps_are_the_plain_ones(gpu):
 
 
 def test_no_step_waits_for_the_gpu(gpu):
-    processes, config = Processes(0, 1, gpu), BenchmarkConfig("DiT-S/8", 64, 4, "bf16")
+    processes, config = Distributed(0, 1, gpu), BenchmarkConfig("DiT-S/8", 64, 4, "bf16")
     training = benchmark.training(config, processes)
     sampler = benchmark.sampling(config, processes).subject
     options = sampler.settle(labels=LABELS, cfg_scale=2.0, steps="4")

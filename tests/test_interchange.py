@@ -10,12 +10,13 @@ from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaul
 from test_autoencoder import save_vae
 
 import checkpoint
-import download
-from checkpoint import build_model
+from checkpointing import files as checkpoints
+from checkpointing import published
+from checkpointing.diffusers_format import from_diffusers, to_diffusers
+from checkpointing.files import build_model
 from diffusion import create_diffusion
-from interchange import from_diffusers, to_diffusers
-from labels import class_names, resolve_labels
-from runtime import UserError, launch
+from runtime.class_names import class_names, resolve_labels
+from runtime.cli import UserError, launch
 from sampler import Sampler
 
 
@@ -36,7 +37,7 @@ def ckpt(tmp_path, vae):
         data=dict(classes=[f"class {i}" for i in range(10)]), sampling=dict(cfg_scale=3.0, steps="7"),
     )  # fmt: skip
     path = str(tmp_path / "run.pt")
-    checkpoint.save(path, dict(model=raw, ema=model.state_dict(), step=3, config=config))
+    checkpoints.save(path, dict(model=raw, ema=model.state_dict(), step=3, config=config))
     return path
 
 
@@ -54,7 +55,7 @@ def assert_same(state, other):
 def test_safetensors_round_trip(ckpt, tmp_path, monkeypatch, weights):
     out = str(tmp_path / "dit.safetensors")
     export(monkeypatch, "--ckpt", ckpt, "--out", out, "--weights", weights)
-    found, original = checkpoint.load(out), checkpoint.load(ckpt)
+    found, original = checkpoints.load(out), checkpoints.load(ckpt)
     assert_same(found.state_dict("ema"), original.state_dict(weights))
     assert found.config == original.config
     again = str(tmp_path / "again.safetensors")
@@ -68,10 +69,10 @@ def test_safetensors_round_trip(ckpt, tmp_path, monkeypatch, weights):
 
 @pytest.mark.parametrize("dtype, device", OTHER_DEFAULTS)
 def test_pipelines_load_under_any_default(ckpt, tmp_path, dtype, device):
-    checkpoint.export(checkpoint.load(ckpt), str(tmp_path / "pipeline"), any_classes=True)
-    expected = checkpoint.load(str(tmp_path / "pipeline")).state_dict()
+    checkpoints.export(checkpoints.load(ckpt), str(tmp_path / "pipeline"), any_classes=True)
+    expected = checkpoints.load(str(tmp_path / "pipeline")).state_dict()
     with other_defaults(dtype, device):
-        found = checkpoint.load(str(tmp_path / "pipeline")).state_dict()
+        found = checkpoints.load(str(tmp_path / "pipeline")).state_dict()
     assert {value.dtype for value in found.values()} == {torch.float32}
     assert_same(found, expected)
 
@@ -79,9 +80,9 @@ def test_pipelines_load_under_any_default(ckpt, tmp_path, dtype, device):
 def test_bare_safetensors_export(tmp_path, monkeypatch):
     """Weights that come without a config leave with the one read off their shapes."""
     model = build_tiny(hidden_size=384, depth=12, num_heads=6)
-    checkpoint.save(str(tmp_path / "bare.pt"), model.state_dict())
+    checkpoints.save(str(tmp_path / "bare.pt"), model.state_dict())
     export(monkeypatch, "--ckpt", tmp_path / "bare.pt", "--out", tmp_path / "a.safetensors")
-    found = checkpoint.load(str(tmp_path / "a.safetensors"))
+    found = checkpoints.load(str(tmp_path / "a.safetensors"))
     assert found.config["model"] == model.config and found.config["process"]["learn_sigma"]
 
 
@@ -90,7 +91,7 @@ def test_pipeline_of_1000_classes_samples_by_its_defaults(vae, tmp_path, monkeyp
 
     model = load_rule_weights(build_tiny(num_classes=1000), 0.1)
     config = dict(model=model.config, autoencoder=dict(vae=str(vae)))
-    checkpoint.save(str(tmp_path / "run.pt"), dict(ema=model.state_dict(), config=config))
+    checkpoints.save(str(tmp_path / "run.pt"), dict(ema=model.state_dict(), config=config))
     export(monkeypatch, "--ckpt", tmp_path / "run.pt", "--out", tmp_path / "pipeline")
     said = capsys.readouterr().out
     assert "frequencies 10000^(-i/127)" in said and "it guides all 4 channels" in said
@@ -139,8 +140,8 @@ def test_pipeline_loads_offline_and_makes_an_image(ckpt, tmp_path, monkeypatch, 
 def test_a_diffusers_folder_loads_back_bitwise(ckpt, tmp_path, monkeypatch):
     export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline", "--any-classes")
     for part in ("", "transformer"):
-        found = checkpoint.load(str(tmp_path / "pipeline" / part))
-        assert_same(found.state_dict(), checkpoint.load(ckpt).state_dict())
+        found = checkpoints.load(str(tmp_path / "pipeline" / part))
+        assert_same(found.state_dict(), checkpoints.load(ckpt).state_dict())
         model = build_model(found.model_config(factor=4), found.state_dict(), "here")
         assert model.config == build_tiny().config
     ours = Sampler.from_checkpoint(ckpt, device="cpu").sample([3, 4], cfg_scale=2.0, steps=5)
@@ -161,11 +162,11 @@ def test_a_hub_id_is_fetched(ckpt, tmp_path, monkeypatch):
         return str(tmp_path / "pipeline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert download.find_file("owner/DiT-mine") == str(tmp_path / "pipeline")
+    assert published.find_file("owner/DiT-mine") == str(tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"--ckpt owner/none: no such file or folder, and as a hub id .*401"):
-        download.find_file("owner/none")
+        published.find_file("owner/none")
     for local in ("results/a/b.pt", "here/weights.safetensors", "/tmp/none", "none.pt", ckpt):
-        assert download.find_file(local) == local
+        assert published.find_file(local) == local
     assert asked == ["owner/DiT-mine", "owner/none"]
 
 
@@ -183,9 +184,9 @@ def test_other_configs_are_refused(ckpt, tmp_path, monkeypatch):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(dict(config, beta_end=0.03)))
     with pytest.raises(UserError, match="its noise schedule is linear"):
-        checkpoint.load(str(tmp_path / "pipeline"))
+        checkpoints.load(str(tmp_path / "pipeline"))
     path.write_text(json.dumps(dict(config, beta_schedule="squaredcos_cap_v2")))
-    found = checkpoint.load(str(tmp_path / "pipeline"))
+    found = checkpoints.load(str(tmp_path / "pipeline"))
     assert found.config["process"]["noise_schedule"] == "squaredcos_cap_v2"
     for other in (
         dict(num_train_timesteps=500),
@@ -194,12 +195,12 @@ def test_other_configs_are_refused(ckpt, tmp_path, monkeypatch):
     ):
         path.write_text(json.dumps({**config, **other}))
         with pytest.raises(UserError, match="of other than 1000 steps|trained_betas|rescale_betas_zero_snr"):
-            checkpoint.load(str(tmp_path / "pipeline"))
+            checkpoints.load(str(tmp_path / "pipeline"))
     path.write_text("{bad")
     with pytest.raises(UserError, match="scheduler_config.json: is damaged"):
-        checkpoint.load(str(tmp_path / "pipeline"))
+        checkpoints.load(str(tmp_path / "pipeline"))
     with pytest.raises(UserError, match="not a DiT that diffusers saved"):
-        checkpoint.load(str(tmp_path / "vae"))
+        checkpoints.load(str(tmp_path / "vae"))
 
 
 @pytest.mark.parametrize(

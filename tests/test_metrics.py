@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import rule
 
-from metrics import Moments, frechet_distance, full_precision, inception_score, precision_recall
-from runtime import Processes
+from evaluation.metrics import Moments, exact_fp32, frechet_distance, inception_score, precision_recall
+from runtime.distributed import Distributed
 
 
 def moments(rows):
@@ -96,7 +96,7 @@ def test_streamed_moments():
     found = Moments(30)
     for batch in np.split(rows, [1, 8, 64, 65, 500]):
         found.add(torch.from_numpy(batch))
-    found.merge(Processes(0, 1, torch.device("cpu")))
+    found.merge(Distributed(0, 1, torch.device("cpu")))
     mean, covariance = moments(rows)
     np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(found.covariance, covariance, rtol=1e-9, atol=1e-9)
@@ -167,10 +167,10 @@ def test_full_precision_is_for_the_inside_only():
     try:
         for backend in backends:
             backend.allow_tf32 = True
-        with full_precision():
+        with exact_fp32():
             assert not any(backend.allow_tf32 for backend in backends)
         assert all(backend.allow_tf32 for backend in backends)
-        with torch.autocast("cpu", torch.bfloat16), full_precision():
+        with torch.autocast("cpu", torch.bfloat16), exact_fp32():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     finally:
         for backend, allowed in zip(backends, before):

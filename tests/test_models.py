@@ -7,8 +7,9 @@ import torch
 from conftest import build_tiny, load_rule_weights, rule_input
 
 import models
-from interchange import to_diffusers
-from models import DiT, DiT_models, TimestepEmbedder, count_activation_bytes, count_macs
+from checkpointing.diffusers_format import to_diffusers
+from models import DiT, DiT_models, TimestepEmbedder
+from runtime.flops import count_activation_bytes, count_macs
 
 # Parameters (frozen position embedding included) and the paper's "Gflops" (multiply-adds, 256x256):
 PAPER = {

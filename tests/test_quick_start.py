@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import load_digits
-from metrics import Moments, frechet_distance
+from evaluation.metrics import Moments, frechet_distance
 from sampler import Sampler
+from training.dataset import load_digits
 
 pytestmark = pytest.mark.slow
 

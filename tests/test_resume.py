@@ -22,11 +22,13 @@ from forked import finish, rows, start, start_two, wait_for_step
 from test_data import write_image
 from test_train import SMALL, run
 
-import checkpoint
-import experiment
 import train
-from experiment import Experiment
-from runtime import UserError, identify
+import training.run_dir
+from checkpointing import files as checkpoints
+from runtime.cli import UserError
+from runtime.distributed import identify
+from training import run_dir
+from training.run_dir import Experiment
 
 ARGV = [*SMALL, "--max-steps", 40, "--ckpt-every", 8, "--log-every", 3, "--sample-every", 0, "--ema-warmup"]
 TIMING = {"steps_per_sec", "memory_gib"}
@@ -38,7 +40,7 @@ def folder_of(results, number=0):
 
 def outcome(folder):
     """All that a finished run computed: its last checkpoint's tensors, and its metrics but for times."""
-    contents = checkpoint.load(str(folder / "checkpoints" / "0000040.pt")).contents
+    contents = checkpoints.load(str(folder / "checkpoints" / "0000040.pt")).contents
     numbers = [{name: value for name, value in row.items() if name not in TIMING} for row in rows(folder)]
     return {name: contents[name] for name in ("model", "ema", "opt")}, numbers
 
@@ -205,7 +207,7 @@ def test_a_run_waits_for_what_a_dead_one_left(tmp_path, monkeypatch, capsys):
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # its parent has not noticed yet
 
     def hold(owner):
-        experiment.write_note(folder, experiment.OWNER, owner)
+        run_dir.write_note(folder, run_dir.OWNER, owner)
         held = open(os.path.join(folder, ".lock"))
         fcntl.flock(held, fcntl.LOCK_EX)
         return held
@@ -215,7 +217,7 @@ def test_a_run_waits_for_what_a_dead_one_left(tmp_path, monkeypatch, capsys):
     assert again.folder == folder and "its run has died; waiting" in capsys.readouterr().out
     again.lock.release()
 
-    monkeypatch.setattr(experiment, "LEFTOVER_SECONDS", 0.2)
+    monkeypatch.setattr(training.run_dir, "LEFTOVER_SECONDS", 0.2)
     with hold(name), pytest.raises(UserError, match=f"{folder}/.lock; end that"):
         Experiment(arguments(tmp_path))
     for living in (identify(os.getpid()), "another-machine pid:[1] 1 1", None):  # or who knows
@@ -236,7 +238,7 @@ def test_which_folder_a_restarted_job_continues(tmp_path):
     assert begin("never").folder != first.folder and begin("never", None).folder != first.folder
     begin("never", "agent 3")
     assert begin("never", "agent 2", "agent 4", None).folder == first.folder
-    Path(first.folder, experiment.FINISHED).touch()
+    Path(first.folder, run_dir.FINISHED).touch()
     assert begin("never", "agent 1").folder == begin("auto", "agent 1").folder == first.folder
     other = Experiment(arguments(tmp_path, "--resume", "never", "--lr", 1), ["agent 1"])
     assert other.folder != first.folder
@@ -245,10 +247,10 @@ def test_which_folder_a_restarted_job_continues(tmp_path):
     path.touch()
     assert begin(path, "agent 5").resumed == str(path)
     assert begin(path, "agent 5").resumed == str(path)  # killed before it went on from there
-    begin(path, "agent 5").go_on(arguments(tmp_path, "--resume", path))
-    Path(first.folder, experiment.FINISHED).touch()
+    begin(path, "agent 5").prepare_resume(arguments(tmp_path, "--resume", path))
+    Path(first.folder, run_dir.FINISHED).touch()
     newer = str(path.with_name("0000016.pt"))
-    checkpoint.save(newer, dict(model={"x": torch.zeros(1)}, step=16))
+    checkpoints.save(newer, dict(model={"x": torch.zeros(1)}, step=16))
     assert begin(path, "agent 5").resumed == newer
     assert begin(path, "agent 6").resumed == str(path)  # by another job: once more
 
@@ -264,13 +266,13 @@ def test_a_given_run_is_continued_with_other_options(tmp_path):
     run("--max-steps", 48, "--weight-decay", 0.5, "--resume", folder)
     assert [row["step"] for row in rows(folder)][-3:] == [42, 45, 48]
     newest = folder / "checkpoints" / "0000048.pt"
-    assert checkpoint.load(str(newest)).contents["opt"]["param_groups"][0]["weight_decay"] == 0.5
+    assert checkpoints.load(str(newest)).contents["opt"]["param_groups"][0]["weight_decay"] == 0.5
 
     # A given checkpoint is gone back to; what came after it is set aside:
     assert "Continuing after step 16" in run("--resume", folder / "checkpoints" / "0000016.pt")
     assert {"0000024.pt.unused", "0000024.pt", "0000048.pt.unused"} < set(os.listdir(folder / "checkpoints"))
     assert [row["step"] for row in rows(folder)][-1] == 40
-    assert checkpoint.latest(str(folder / "checkpoints")).endswith("0000040.pt")
+    assert checkpoints.latest(str(folder / "checkpoints")).endswith("0000040.pt")
 
     # What is refused leaves the run as it was:
     def state():
@@ -315,7 +317,7 @@ def test_going_back_happens_once(tmp_path):
         os.kill(process.pid, signal.SIGTERM)
         assert finish(process) == [0]
         assert f"Continuing after step {after or step:,} " in (tmp_path / "out").read_text()
-        step = checkpoint.step_of(checkpoint.latest(str(folder / "checkpoints")))
+        step = checkpoints.step_of(checkpoints.latest(str(folder / "checkpoints")))
     assert not folder_of(tmp_path, 1).exists()
 
 
@@ -341,7 +343,7 @@ def train_on(path, results, *argv):
 
 def trained(results, number=0):
     """The step of a run's last checkpoint, and what it keeps of the data."""
-    found = checkpoint.load(checkpoint.latest(str(folder_of(results, number) / "checkpoints"))).contents
+    found = checkpoints.load(checkpoints.latest(str(folder_of(results, number) / "checkpoints"))).contents
     return found["step"], found["config"]["data"]
 
 
@@ -407,10 +409,10 @@ def test_runs_of_earlier_versions_go_on(pictures, tmp_path, monkeypatch, capsys)
     """They kept relative paths, and no fingerprint; their classes count nonetheless."""
     interrupt(tmp_path)
     path, settings = folder_of(tmp_path) / "checkpoints" / "0000002.pt", folder_of(tmp_path) / "args.json"
-    found = checkpoint.load(str(path)).contents
+    found = checkpoints.load(str(path)).contents
     found["config"]["data"] = dict(dataset="images", image_size=8, classes=["cat", "dog"])
     found["args"]["data_path"] = "images"
-    checkpoint.save(str(path), found)
+    checkpoints.save(str(path), found)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "data_path": "images"}))
     monkeypatch.chdir(tmp_path / "home")
     (pictures / "cat").rename(pictures / "fox")
@@ -436,7 +438,7 @@ def test_retention_does_not_count_damaged_checkpoints(tmp_path):
     os.kill(run.pid, signal.SIGTERM)
     assert finish(run) == [0]
     kept = [name for name in os.listdir(folder) if name.endswith(".pt")]
-    assert len(kept) == 1 and checkpoint.latest(str(folder)) == str(folder / kept[0])
+    assert len(kept) == 1 and checkpoints.latest(str(folder)) == str(folder / kept[0])
     for name in kept:
         (folder / name).write_bytes(b"junk")
     assert finish(start(argv, tmp_path / "out")) == [2]  # rather than from the beginning, over what is there

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import runtime
-from images import make_folder
-from runtime import UserError, blame, derive_seed, float_above, generator_for, int_at_least, whole_file
+from runtime import cli, distributed
+from runtime.cli import UserError, atomic_write, blame, float_above, int_at_least
+from runtime.distributed import derive_seed, generator_for
+from runtime.image_io import make_folder
 
 
 def test_two_processes_together():
@@ -45,7 +46,7 @@ def test_two_processes_write_one_file_at_once(tmp_path):
         for _ in range(100):
             wait()
             make_folder(tmp_path, "--out")
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 json.dump([index] * 3000, file)
             assert len(set(json.loads(path.read_text()))) == 1
 
@@ -58,16 +59,16 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
     path.write_text("whole")
 
     def die(index, wait):
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write("half")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert at_once(die, count=1) == [-signal.SIGKILL]
     assert path.read_text() == "whole" and len(os.listdir(tmp_path)) == 2
-    with whole_file(path) as living:  # another's write leaves a living one's alone
+    with atomic_write(path) as living:  # another's write leaves a living one's alone
         living.write("first")
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write("second")
         assert path.read_text() == "second"
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["settings.json"]
@@ -109,7 +110,7 @@ def test_blame_names_the_flag():
     ],
 )
 def test_ranges_of_options(capsys, argv, message):
-    parser = runtime.Parser(prog="prog")
+    parser = cli.Parser(prog="prog")
     parser.add_argument("--n", type=int_at_least(1), nargs="+")
     parser.add_argument("--workers", type=int_at_least(0))
     parser.add_argument("--side", type=int_at_least(64, multiple_of=64))
@@ -123,7 +124,7 @@ def test_ranges_of_options(capsys, argv, message):
 
 def test_only_user_errors_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prog"])
-    parser = runtime.Parser(prog="prog")
+    parser = cli.Parser(prog="prog")
 
     def wrong(args):
         raise UserError("--x 1: no")
@@ -132,10 +133,10 @@ def test_only_user_errors_are_one_line(monkeypatch, capsys):
         raise ValueError("a bug")
 
     with pytest.raises(SystemExit) as stopped:
-        runtime.launch(wrong, parser)
+        cli.launch(wrong, parser)
     assert stopped.value.code == 2 and capsys.readouterr().err == "prog: error: --x 1: no\n"
     with pytest.raises(ValueError, match="a bug"):
-        runtime.launch(broken, parser)
+        cli.launch(broken, parser)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,10 @@ def test_copies_that_srun_started(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if expected == "alone":
-        assert runtime.start_processes().world_size == 1
+        assert distributed.init_distributed().world_size == 1
     else:
         with pytest.raises(UserError, match="^SLURM_STEP_NUM_TASKS=2: srun started 2 copies"):
-            runtime.start_processes()
+            distributed.init_distributed()
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,9 @@ def test_which_gpu(monkeypatch, count, local_rank, torchrun, expected):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     if expected is None:
         with pytest.raises(UserError, match=f"has {count} GPUs, too few for process {local_rank};"):
-            runtime.start_processes()
+            distributed.init_distributed()
     else:
-        assert [runtime.start_processes().device] == chosen == [torch.device("cuda", expected)]
+        assert [distributed.init_distributed().device] == chosen == [torch.device("cuda", expected)]
 
 
 def test_importing_changes_nothing():

@@ -21,15 +21,15 @@ from filelock import FileLock
 from PIL import Image
 from test_runtime import at_once
 
-import archive as archive_module
-import checkpoint
 import sample
 import sample_ddp
-from archive import SampleArchive
+from checkpointing import files as checkpoints
 from diffusion import create_diffusion, create_flow
 from models import DiT_models
-from runtime import UserError, launch
-from sampler import Plan, Sampler
+from runtime.cli import UserError, launch
+from sampler import CheckpointSpec, Sampler
+from sampling import npz_writer
+from sampling.npz_writer import NpzWriter
 
 COUNT = 64
 
@@ -43,7 +43,7 @@ def ckpt(tmp_path_factory):
     config = dict(
         model=model.config, process=process, autoencoder=pixels, sampling=dict(cfg_scale=2.0, steps="8")
     )
-    checkpoint.save(path, dict(model=model.state_dict(), ema=model.state_dict(), config=config))
+    checkpoints.save(path, dict(model=model.state_dict(), ema=model.state_dict(), config=config))
     return path
 
 
@@ -148,7 +148,7 @@ def test_samples_begun_by_an_earlier_version_are_continued_by_its_rule(ckpt, tmp
     with monkeypatch.context() as former:
         former.setattr("sampler.SampleNoise", FormerNoise)
         run(former, *argv(ckpt, tmp_path / "former", *options, count=14))
-        former.setattr(SampleArchive, "finish", lambda self: None)  # stopped just before
+        former.setattr(NpzWriter, "finish", lambda self: None)  # stopped just before
         run(former, *argv(ckpt, tmp_path / "half", *options, count=14))
     (settings,) = (tmp_path / "half").glob("*.json")
     contents = json.loads(settings.read_text())
@@ -223,7 +223,7 @@ def test_a_complete_npz_needs_no_folder(ckpt, tmp_path, monkeypatch, undisturbed
     shutil.rmtree(path.with_suffix(""))
     before = path.stat().st_mtime_ns
     capsys.readouterr()
-    monkeypatch.setattr(Plan, "build", None)  # nothing is sampled
+    monkeypatch.setattr(CheckpointSpec, "build", None)  # nothing is sampled
     run(monkeypatch, *argv(ckpt, tmp_path, "--png"))
     assert f"{path} is complete, its PNGs are removed and not made again" in capsys.readouterr().out
     assert path.read_bytes() == undisturbed and path.stat().st_mtime_ns == before
@@ -242,16 +242,16 @@ def test_what_is_whole(tmp_path):
     path, labels = tmp_path / "a.npz", list(range(11))
     store = write_archive(path, images, labels, batch_size=4)
     store.has_labels = True
-    assert store.is_whole() and store.begin() == ({}, True)
+    assert store.is_complete() and store.begin() == ({}, True)
     whole = path.read_bytes()
     for at in range(0, len(whole) - 1, 97):  # a bit anywhere, but in what no reader looks at
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        if store.is_whole():
+        if store.is_complete():
             loaded = np.load(path)
             assert np.array_equal(loaded["arr_0"], images) and loaded["arr_1"].tolist() == labels
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert not store.is_whole()
+        assert not store.is_complete()
     for arrays, verdict in (
         ([images], False), ([images, labels], True), ([images[:10], labels], False),
         ([images, labels[:10]], False), ([images, np.zeros(11)], False), ([images / 255, labels], False),
@@ -259,9 +259,9 @@ def test_what_is_whole(tmp_path):
     ):  # fmt: skip
         for save in (np.savez, np.savez_compressed):
             save(path, *arrays)
-            assert store.is_whole() is verdict
+            assert store.is_complete() is verdict
     path.unlink()
-    assert not store.is_whole()
+    assert not store.is_complete()
 
 
 def test_damaged_bytes_are_sampled_again(ckpt, tmp_path, monkeypatch, undisturbed, capsys):
@@ -297,7 +297,7 @@ def read_by_adm_s_rules(path):
 def write_archive(path, images, labels, batch_size):
     folder = f"{path}.notes"
     os.makedirs(folder, exist_ok=True)
-    store = SampleArchive(str(path), folder, images.shape, batch_size)
+    store = NpzWriter(str(path), folder, images.shape, batch_size)
     store.begin()
     for batch in reversed(store.batches):  # in any order
         rows = store.rows(batch)
@@ -325,8 +325,8 @@ def test_npz_is_read_by_all(tmp_path, labels):
 
 
 def test_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=10**6)))
-    store = SampleArchive(str(tmp_path / "a.npz"), str(tmp_path), (50_000, 256, 256, 3), 32)
+    monkeypatch.setattr(npz_writer.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=10**6)))
+    store = NpzWriter(str(tmp_path / "a.npz"), str(tmp_path), (50_000, 256, 256, 3), 32)
     with pytest.raises(ValueError, match=r"a.npz: needs 9.8 GB and 0.0 GB are free; make room"):
         store.begin()
     assert not list(tmp_path.glob("*.npz*"))
@@ -349,17 +349,17 @@ def sample_random_images():
             x = x + torch.tensor(seeds).view(-1, 1, 1, 1) % 100 / 1000
             return x, [seed % 1000 for seed in seeds]
 
-    sample_ddp.Plan.build = lambda *args: Random()
-    sample_ddp.Plan.image_size = property(lambda self: (256, 256), lambda self, value: None)
+    sample_ddp.CheckpointSpec.build = lambda *args: Random()
+    sample_ddp.CheckpointSpec.image_size = property(lambda self: (256, 256), lambda self, value: None)
 
     def report():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"\npeak memory {peak:.2f} GiB", flush=True)
 
-    leave = sample_ddp.SampleArchive.close
-    finish = sample_ddp.SampleArchive.finish
-    sample_ddp.SampleArchive.close = lambda self: (leave(self), report())
-    sample_ddp.SampleArchive.finish = lambda self: (finish(self), report())
+    leave = sample_ddp.NpzWriter.close
+    finish = sample_ddp.NpzWriter.finish
+    sample_ddp.NpzWriter.close = lambda self: (leave(self), report())
+    sample_ddp.NpzWriter.finish = lambda self: (finish(self), report())
 
 
 @pytest.mark.slow
@@ -383,7 +383,7 @@ def test_fifty_thousand_images(ckpt, tmp_path):
         assert np.lib.format.read_array_header_1_0(file)[0] == (50_000, 256, 256, 3)
         first = np.frombuffer(file.read(256 * 256 * 3), np.uint8)
     loaded = np.load(path)
-    mapped = np.memmap(path, np.uint8, "r", SampleArchive(str(path), "", (50_000, 256, 256, 3), 32).offset,
+    mapped = np.memmap(path, np.uint8, "r", NpzWriter(str(path), "", (50_000, 256, 256, 3), 32).offset,
                        (50_000, 256, 256, 3))  # fmt: skip
     assert np.array_equal(mapped[0].ravel(), first)
     images = loaded["arr_0"]
@@ -432,7 +432,7 @@ def test_refused_before_any_work(ckpt, tmp_path, monkeypatch, capsys, more, mess
 def test_options_are_judged_by_the_checkpoint_s_process(tmp_path, monkeypatch, capsys):
     model = build_tiny(in_channels=3, learn_sigma=False, num_classes=0)
     config = dict(model=model.config, process=create_flow().config, autoencoder=dict(vae="none", channels=3))
-    checkpoint.save(str(tmp_path / "flow.pt"), dict(ema=model.state_dict(), config=config))
+    checkpoints.save(str(tmp_path / "flow.pt"), dict(ema=model.state_dict(), config=config))
     dry = ["--dry-run", "--ckpt", tmp_path / "flow.pt"]
     run(monkeypatch, *dry, "--num-sampling-steps", 2000)
     assert "options are sound" in capsys.readouterr().out
@@ -509,14 +509,14 @@ def test_two_runs_in_one_folder(ckpt, tmp_path, monkeypatch, capsys):
 def test_two_runs_that_start_at_once(ckpt, tmp_path, capsys):
     """One goes on, the other is told so, and not that the folder is of something else."""
     args = sample_ddp.build_parser().parse_args(argv(ckpt, tmp_path))
-    plan = Plan(args.ckpt, weights=args.weights)
+    plan = CheckpointSpec(args.ckpt, weights=args.weights)
     options = plan.check()
     outcomes = multiprocessing.get_context("fork").SimpleQueue()
 
     def begin(index, wait):
         for number in range(20):
             folder = str(tmp_path / str(number) / "samples")
-            archive = SampleArchive(f"{folder}.npz", folder, (COUNT, 8, 8, 3), 7)
+            archive = NpzWriter(f"{folder}.npz", folder, (COUNT, 8, 8, 3), 7)
             wait()
             try:
                 sample_ddp.begin(args, plan, options, "fp32", archive)
@@ -550,7 +550,7 @@ def test_published_weights_are_decoded_as_published(tmp_path, monkeypatch, capsy
     """By the ema VAE, where sample.py's default is mse; also of a file, or an export, that names none."""
     state = build_tiny(**DiT_models["DiT-S/8"].keywords, input_size=32, num_classes=1000).state_dict()
     torch.save(state, tmp_path / "bare.pt")
-    checkpoint.export(checkpoint.load(str(tmp_path / "bare.pt")), str(tmp_path / "bare.safetensors"))
+    checkpoints.export(checkpoints.load(str(tmp_path / "bare.pt")), str(tmp_path / "bare.safetensors"))
     for more in ([], ["--ckpt", tmp_path / "bare.pt"], ["--ckpt", tmp_path / "bare.safetensors"]):
         run(monkeypatch, *more, "--dry-run")
         assert "-vae-ema-" in capsys.readouterr().out
@@ -559,7 +559,11 @@ def test_published_weights_are_decoded_as_published(tmp_path, monkeypatch, capsy
     for command, vae in ((sample_ddp, "ema"), (sample, "mse")):
         shown = " ".join(command.build_parser().format_help().split())
         assert f"(default: the one of the checkpoint, or {vae} for published weights)" in shown
-    assert Plan("DiT-XL-2-256x256.pt").vae == Plan(str(tmp_path / "bare.safetensors")).vae == "mse"
+    assert (
+        CheckpointSpec("DiT-XL-2-256x256.pt").vae
+        == CheckpointSpec(str(tmp_path / "bare.safetensors")).vae
+        == "mse"
+    )
 
 
 def test_official_flags_are_taken():

@@ -12,13 +12,15 @@ from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaul
 from PIL import Image
 from test_autoencoder import save_vae
 
-import checkpoint
 import sample
+from checkpointing import files as checkpoints
 from diffusion import create_diffusion, create_flow
 from download import find_model
-from images import save_grid
-from runtime import UserError, fold_seed, launch
-from sampler import SampleNoise, Sampler
+from runtime.cli import UserError, launch
+from runtime.distributed import fold_seed
+from runtime.image_io import save_grid
+from sampler import Sampler
+from sampling.noise import SampleNoise
 
 
 def tiny_sampler(**overrides):
@@ -391,7 +393,7 @@ def ckpt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = load_rule_weights(build_tiny(in_channels=1, learn_sigma=False), 0.1)
     raw = {key: value * 0 for key, value in model.state_dict().items()}
-    checkpoint.save("run.pt", dict(
+    checkpoints.save("run.pt", dict(
         model=raw, ema=model.state_dict(), step=3, config=dict(
             model=model.config, process=create_diffusion(None, learn_sigma=False).config,
             autoencoder=dict(vae="none", channels=1), sampling=dict(cfg_scale=2.0, steps="4", sampler="ddim"),
@@ -439,8 +441,8 @@ def test_default_dtype_and_device_change_nothing(objective, dtype, device, tmp_p
     model = load_rule_weights(build_tiny(learn_sigma=not is_flow, registers=2), 0.1)
     vae = save_vae(tmp_path / "vae")
     config = dict(model=model.config, process=process.config, autoencoder=dict(vae=vae))
-    checkpoint.save(str(tmp_path / "run.pt"), dict(ema=model.state_dict(), config=config))
-    checkpoint.export(checkpoint.load(str(tmp_path / "run.pt")), str(tmp_path / "run.safetensors"))
+    checkpoints.save(str(tmp_path / "run.pt"), dict(ema=model.state_dict(), config=config))
+    checkpoints.export(checkpoints.load(str(tmp_path / "run.pt")), str(tmp_path / "run.safetensors"))
 
     def everything():
         sampler = Sampler.from_checkpoint(tmp_path / "run.pt", device="cpu")
@@ -583,7 +585,7 @@ def test_unconditional_images_are_counted(tmp_path, monkeypatch, capsys):
     model = load_rule_weights(build_tiny(num_classes=0, in_channels=3, learn_sigma=False), 0.1)
     config = dict(model=model.config, autoencoder=dict(vae="none"), sampling=dict(steps="3"))
     config["process"] = create_diffusion(None, learn_sigma=False).config
-    checkpoint.save("free.pt", dict(ema=model.state_dict(), config=config))
+    checkpoints.save("free.pt", dict(ema=model.state_dict(), config=config))
     run(monkeypatch, "--ckpt", "free.pt", "--num-samples", 3, "--out", "files")
     assert "Saved 3 samples to sample.png and files" in capsys.readouterr().out
     assert len(list((tmp_path / "files").iterdir())) == 3
@@ -669,7 +671,7 @@ def test_what_makes_no_picture(ckpt, tmp_path, monkeypatch, capsys):
     model = build_tiny(in_channels=4, learn_sigma=False)
     config = dict(model=model.config, process=create_diffusion(None, learn_sigma=False).config,
                   autoencoder=dict(vae="none", channels=4))  # fmt: skip
-    checkpoint.save("four.pt", dict(ema=model.state_dict(), config=config))
+    checkpoints.save("four.pt", dict(ema=model.state_dict(), config=config))
     os.mkdir("sample.png")
     for argv, message in (
         (["--ckpt", "four.pt"], "--ckpt four.pt: images of 4 channels make no pictures"),
@@ -679,8 +681,8 @@ def test_what_makes_no_picture(ckpt, tmp_path, monkeypatch, capsys):
             run(monkeypatch, *argv)
         assert message in capsys.readouterr().err
     os.rmdir("sample.png")
-    best = checkpoint.load(ckpt).contents
-    checkpoint.save("best.pt", dict(ema=best["ema"], config=best["config"]))
+    best = checkpoints.load(ckpt).contents
+    checkpoints.save("best.pt", dict(ema=best["ema"], config=best["config"]))
     with pytest.raises(SystemExit):
         run(monkeypatch, "--ckpt", "best.pt", "--weights", "raw", "--dry-run")
     assert "--weights raw: best.pt holds averaged weights alone" in capsys.readouterr().err

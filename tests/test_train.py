@@ -17,15 +17,16 @@ from PIL import Image
 from test_autoencoder import save_vae
 from test_data import write_image
 
-import checkpoint
 import sample_ddp
-import settings
 import train
-from experiment import Experiment
-from images import save_grid
+from checkpointing import files as checkpoints
 from models import DiT
-from runtime import launch
-from sampler import DEFAULTS, Sampler
+from runtime.cli import launch
+from runtime.image_io import save_grid
+from sampler import Sampler
+from sampling.options import DEFAULTS
+from training import options as options_module
+from training.run_dir import Experiment
 
 # A model and sampler small enough to test with:
 SMALL = (
@@ -162,7 +163,7 @@ def test_presets():
         weight_decay=0, ema_decay=0.9999, class_dropout_prob=0.1, learn_sigma=True,
     )  # fmt: skip
     assert {name: getattr(official, name) for name in defaults} == defaults
-    for name, options in settings.PRESETS.items():
+    for name, options in options_module.PRESETS.items():
         assert set(options) <= set(vars(official)), name  # every key is an option
         for key, value in options.items():
             values = map(str, value) if isinstance(value, list) else [str(value)]
@@ -195,7 +196,7 @@ def test_two_processes_train_as_one(tmp_path):
     for name in ("loss", "mse", "vb"):
         np.testing.assert_allclose(metrics(two, name), metrics(one, name), rtol=1e-4, atol=1e-4)
     weights = [
-        checkpoint.load(folder / "checkpoints" / "0000030.pt").state_dict("raw") for folder in (one, two)
+        checkpoints.load(folder / "checkpoints" / "0000030.pt").state_dict("raw") for folder in (one, two)
     ]
     for key in weights[0]:
         torch.testing.assert_close(weights[1][key], weights[0][key], atol=2e-4, rtol=1e-3)
@@ -203,7 +204,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_learned_timesteps_are_kept(tmp_path):
     run(*SMALL, "--max-steps", 2, "--timestep-sampler", "loss-second-moment", "--results-dir", tmp_path)
-    contents = checkpoint.load(str(tmp_path / "000-DiT-S-2" / "checkpoints" / "0000002.pt")).contents
+    contents = checkpoints.load(str(tmp_path / "000-DiT-S-2" / "checkpoints" / "0000002.pt")).contents
     assert contents["timestep_sampler"]["counts"].sum() == 32
 
 
@@ -418,7 +419,7 @@ def test_latents_of_a_real_vae_end_to_end(images):
         "--global-batch-size", 2, "--max-steps", 3, "--num-workers", 2, "--num-sampling-steps", 4,
     )  # fmt: skip
     path = images / "results" / "000-DiT-S-2" / "checkpoints" / "0000003.pt"
-    config = checkpoint.load(str(path)).config
+    config = checkpoints.load(str(path)).config
     assert config["autoencoder"] == dict(vae=vae, channels=4, factor=8, scale=0.18215, shift=0.0)
     assert config["model"]["input_size"] == [8, 8] and config["model"]["num_classes"] == 2
     done = subprocess.run(

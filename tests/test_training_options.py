@@ -21,10 +21,11 @@ from test_data import write_image
 from test_train import SMALL
 
 import checkpoint
-from data import hold_out, open_dataset
-from images import save_gif, save_grid
+from checkpointing import files as checkpoints
 from models import DiT, DiT_models
+from runtime.image_io import save_gif, save_grid
 from sampler import Sampler
+from training.dataset import hold_out, open_dataset
 
 QUICK = [*SMALL, "--max-steps", 12, "--sample-every", 0]
 
@@ -45,7 +46,7 @@ def losses(folder, name="loss"):
 
 
 def weights(folder, step=12, which="raw"):
-    return checkpoint.load(str(folder / "checkpoints" / f"{step:07d}.pt")).state_dict(which)
+    return checkpoints.load(str(folder / "checkpoints" / f"{step:07d}.pt")).state_dict(which)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,16 +95,16 @@ def test_gradients_are_exchanged_once_a_step(tmp_path):
 def ask_to_stop_in_a_step():
     import train
 
-    exchanging, parts = train.exchanging, itertools.count(1)
+    ddp_sync, parts = train.ddp_sync, itertools.count(1)
 
     def counting(*args):
         part = next(parts)
         print("part")
         if part == 14 and os.environ["RANK"] == "1":  # the second of the fourth step's
             os.kill(os.getpid(), signal.SIGTERM)
-        return exchanging(*args)
+        return ddp_sync(*args)
 
-    train.exchanging = counting
+    train.ddp_sync = counting
 
 
 @pytest.mark.parametrize("more", [[], ["--shard"]])
@@ -116,7 +117,7 @@ def test_a_step_is_given_up_between_its_parts(tmp_path, more):
     run(tmp_path / "stopped", *argv, runs=start_two)
     assert losses(folder) == losses(straight) and len(losses(folder)) == 6
     newest = "0000006" + ("" if more else ".pt")
-    ends = [checkpoint.load(str(f / "checkpoints" / newest)).contents for f in (folder, straight)]
+    ends = [checkpoints.load(str(f / "checkpoints" / newest)).contents for f in (folder, straight)]
     for part in ("model", "ema"):
         assert all(torch.equal(value, ends[1][part][key]) for key, value in ends[0][part].items())
 
@@ -177,7 +178,7 @@ def test_clipping(tmp_path, plain):
     assert losses(folder, "grad_norm")[0] == pytest.approx(losses(plain, "grad_norm")[0], rel=1e-4)  # before
     # AdamW hardly minds the scale, but the second moments tell:
     opt = [
-        checkpoint.load(str(f / "checkpoints" / "0000012.pt")).contents["opt"]["state"]
+        checkpoints.load(str(f / "checkpoints" / "0000012.pt")).contents["opt"]["state"]
         for f in (folder, plain)
     ]
     norms = [sum(state["exp_avg_sq"].sum() for state in states.values()).item() for states in opt]
@@ -209,7 +210,7 @@ def test_sharded_weights(tmp_path):
     checkpoint.main(checkpoint.build_parser().parse_args(
         ["export", "--ckpt", str(sharded / "checkpoints" / "0000020"), "--out", str(out)]
     ))  # fmt: skip
-    contents = [checkpoint.load(str(path)).contents for path in (out, plain / "checkpoints" / "0000020.pt")]
+    contents = [checkpoints.load(str(path)).contents for path in (out, plain / "checkpoints" / "0000020.pt")]
     for part in ("model", "ema"):
         for key, value in contents[1][part].items():
             torch.testing.assert_close(contents[0][part][key], value, atol=2e-4, rtol=1e-3)
@@ -230,7 +231,7 @@ def test_sharded_weights(tmp_path):
     run(tmp_path / "killed", *argv, "--shard", runs=start_two)
     for name in ("loss", "eval_loss"):
         assert losses(again, name) == losses(sharded, name)
-    weights = [checkpoint.load(str(f / "checkpoints" / "0000020")).contents for f in (again, sharded)]
+    weights = [checkpoints.load(str(f / "checkpoints" / "0000020")).contents for f in (again, sharded)]
     assert all(torch.equal(value, weights[1]["ema"][key]) for key, value in weights[0]["ema"].items())
 
 
@@ -393,8 +394,8 @@ def test_starting_from_a_checkpoint(tmp_path, plain):
     assert "new: y_embedder.embedding_table.weight" in printed
     assert weights(folder, 1)["y_embedder.embedding_table.weight"].shape == (13, 32)
 
-    model = DiT(**checkpoint.load(str(path)).config["model"] | dict(input_size=[16, 16]))
-    note = checkpoint.initialize(model, checkpoint.load(str(path)))
+    model = DiT(**checkpoints.load(str(path)).config["model"] | dict(input_size=[16, 16]))
+    note = checkpoints.initialize(model, checkpoints.load(str(path)))
     assert "new: pos_embed" in note and model.pos_embed.abs().sum() > 0  # its own, for the other resolution
 
     _, printed = run(tmp_path / "other", *QUICK, "--init-from", path, "--hidden-size", 64, expect=2)
@@ -412,7 +413,7 @@ STEADY = [*SMALL, "--max-steps", 20, "--ckpt-every", 8, "--sample-every", 0]
 def spoil_step_13():
     import train
 
-    draw = train.draw_step
+    draw = train.draw_step_noise
 
     def spoiled(args, step, *rest):
         draws = draw(args, step, *rest)
@@ -420,7 +421,7 @@ def spoil_step_13():
             draws["noise"][3] = float("inf")
         return draws
 
-    train.draw_step = spoiled
+    train.draw_step_noise = spoiled
 
 
 @pytest.mark.parametrize("runs", [None, start_two])
@@ -460,14 +461,15 @@ def test_a_full_disk(tmp_path, runs, extra, suffix):
         f"0000016{suffix}: could not be written (" in line and "earlier checkpoints stand" in line
         for line in lines
     )
-    newest = checkpoint.latest(str(folder / "checkpoints"))
+    newest = checkpoints.latest(str(folder / "checkpoints"))
     assert newest == str(folder / "checkpoints" / f"0000008{suffix}")
-    assert len(checkpoint.load(newest).state_dict()) > 0
+    assert len(checkpoints.load(newest).state_dict()) > 0
 
 
 def spoil_the_folder():
     """A run whose log, metrics and pictures cannot be written."""
-    from experiment import Experiment, Metrics
+    from training.run_dir import Experiment
+    from training.run_log import Metrics
 
     make, begin = Experiment.__init__, Metrics.__init__
 
@@ -538,9 +540,9 @@ def test_a_terminal_that_goes_away_ends_no_run(tmp_path):
 def fill_the_disk_for_one_line():
     """The limit on the size of files stands for a full disk: the line of step 3 is cut, and then there is
     room again."""
-    import experiment
+    from training import run_log
 
-    append = experiment.Metrics._append
+    append = run_log.Metrics._append
 
     def limited(self, line):
         if json.loads(line)["step"] != 3:
@@ -552,7 +554,7 @@ def fill_the_disk_for_one_line():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    experiment.Metrics._append = limited
+    run_log.Metrics._append = limited
 
 
 def test_a_line_of_metrics_that_is_cut_leaves_the_others(tmp_path):
@@ -613,14 +615,14 @@ def add_loggers(fault=""):
 def die_at_step_13():
     import train
 
-    draw = train.draw_step
+    draw = train.draw_step_noise
 
     def deadly(args, step, *rest):
         if step == 13:
             os.kill(os.getpid(), signal.SIGKILL)
         return draw(args, step, *rest)
 
-    train.draw_step = deadly
+    train.draw_step_noise = deadly
 
 
 def add_loggers_and_die():

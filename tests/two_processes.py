@@ -9,14 +9,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime  # noqa: E402
+
 import train  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
 from diffusion.timestep_sampler import LossSecondMomentResampler  # noqa: E402
-from experiment import Experiment  # noqa: E402
-from runtime import Processes, UserError, start_processes  # noqa: E402
+from runtime import distributed  # noqa: E402
+from runtime.cli import UserError  # noqa: E402
+from runtime.distributed import Distributed, init_distributed  # noqa: E402
+from training.run_dir import Experiment  # noqa: E402
 
-processes = start_processes()
+processes = init_distributed()
 rank = processes.rank
 assert processes.world_size == 2 and processes.is_main == (rank == 0) and processes.device.type == "cpu"
 
@@ -47,8 +49,8 @@ processes.assert_same([weights])
 # A learned distribution past its warm-up: the ranks' draws are the halves of what one process draws.
 model, args = SimpleNamespace(in_channels=1, input_size=(4, 4)), SimpleNamespace()
 args.global_batch_size, args.global_seed, args.class_dropout_prob = 64, 5, 0.1
-alone = train.draw_step(args, 7, Processes(0, 1, processes.device), sampler, model)
-mine = train.draw_step(args, 7, processes, sampler, model)
+alone = train.draw_step_noise(args, 7, Distributed(0, 1, processes.device), sampler, model)
+mine = train.draw_step_noise(args, 7, processes, sampler, model)
 for name, values in alone.items():
     assert torch.equal(mine[name], values[32 * rank : 32 * rank + 32]), name
 assert len(alone["weights"].unique()) > 1 and 0 < alone["drop"].sum() < 20
@@ -62,8 +64,8 @@ else:
     raise AssertionError("the other process went on")
 
 # The group that agrees on signals waits as long as the run's other groups do:
-runtime.TIMEOUT = timedelta(seconds=3)
-stop = runtime.StopRequest(processes)
+distributed.TIMEOUT = timedelta(seconds=3)
+stop = distributed.StopRequest(processes)
 if rank == 0:  # alone
     try:
         stop.agreed()

@@ -23,7 +23,7 @@ import warnings
 import torch
 
 from models import DiT
-from runtime import UserError
+from runtime.cli import UserError
 
 PLAIN, SIZES = "plain.pt", "sizes.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,7 +74,7 @@ def collect(model, ema, optimizer):
     return tensors
 
 
-def save(path, model, ema, optimizer, plain, processes):
+def save(path, model, ema, optimizer, plain, dist):
     """Write a folder of shards and plain data; every process calls it. It is whole, or not under its name.
 
     Raises UserError, on every process, where it cannot be written.
@@ -103,13 +103,13 @@ def save(path, model, ema, optimizer, plain, processes):
             os.replace(temporary, path)
             shutil.rmtree(f"{path}.old.tmp", ignore_errors=True)
 
-    processes.on_main(begin)
+    dist.on_main(begin)
     with _refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that are not used here
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
         dcp.save(collect(model, ema, optimizer), storage_writer=writer)
-    processes.barrier()
-    processes.on_main(end)
+    dist.barrier()
+    dist.on_main(end)
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def _refusing(path):
         ) from error
 
 
-def is_whole(path):
+def is_complete(path):
     """Whether a folder of shards has every file in its full length."""
     try:
         with open(os.path.join(path, SIZES)) as file:

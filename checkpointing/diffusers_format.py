@@ -15,10 +15,10 @@ import os
 
 import torch
 
-from autoencoder import load_autoencoder
-from labels import class_names
 from models import DiT
-from runtime import UserError, blame
+from runtime.autoencoder import load_autoencoder
+from runtime.class_names import class_names
+from runtime.cli import UserError, blame
 
 # What DiTTransformer2DModel must be told, or must say, to be the network of the paper:
 FIXED = dict(norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True)

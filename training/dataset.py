@@ -4,7 +4,6 @@ An item is (image, label): float (C, H, W) in [-1, 1], and a class index, 0 wher
 key of an item is (index, mirrored): the order decides the flips, so an item is the same in whichever process
 reads it."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,37 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from runtime import HOLD_OUT, ORDER, Processes, UserError, generator_for
+from runtime.cli import UserError
+from runtime.distributed import ALONE, HOLD_OUT, ORDER, generator_for
+from runtime.image_io import (
+    IMG_EXTENSIONS,
+    _to_tensor,
+    center_crop_arr,
+    is_image,
+    is_visible,
+    open_image,
+    share_to_check,
+)
 
-DIGITS = Path(__file__).resolve().parent / "assets" / "digits.npz"
-# What counts as an image, by its name: torchvision's list, whose import takes seconds.
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Up to this many files are looked at before training; of more, as many, evenly spread:
-CHECKED_FILES = 10_000
-ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-def center_crop_arr(pil_image, image_size):
-    """ADM's crop: a PIL image scaled so that its shorter side is image_size, then the square in its middle.
-
-    Halved by averaging while it is at least twice too large, then resized bicubically. Returns a PIL image.
-    """
-    while min(pil_image.size) >= 2 * image_size:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), resample=Image.BOX)
-    scale = image_size / min(pil_image.size)
-    pil_image = pil_image.resize(
-        tuple(round(side * scale) for side in pil_image.size), resample=Image.BICUBIC
-    )
-    left, top = ((side - image_size) // 2 for side in pil_image.size)
-    return pil_image.crop((left, top, left + image_size, top + image_size))
-
-
-def _to_tensor(image):
-    """A PIL image or uint8 (H, W, C) array to float (C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits.npz"
 
 
 class FolderImages(Dataset):
@@ -78,12 +61,12 @@ class FolderImages(Dataset):
         """A hash of the images' names and classes, in order."""
         return self.samples.fingerprint()
 
-    def check(self, skip=False, processes=ALONE):
+    def check(self, skip=False, dist=ALONE):
         """Raise UserError for a file that is no image, by its header: of all of them, or of an even share of
         very many. skip: only where none is one. All processes call it, and each looks at a part."""
         readable, problem = False, None
         files = share_to_check(self.samples)
-        for place in range(processes.rank, len(files), processes.world_size):
+        for place in range(dist.rank, len(files), dist.world_size):
             try:
                 with open_image(files[place][0]):
                     readable = True
@@ -91,7 +74,7 @@ class FolderImages(Dataset):
                 problem = problem or (place, str(error))
                 if not skip:
                     break
-        found = processes.gather((readable, problem))
+        found = dist.gather((readable, problem))
         problems = [problem for _, problem in found if problem]
         if problems and not (skip and any(readable for readable, _ in found)):
             raise UserError(min(problems)[1])
@@ -219,42 +202,6 @@ def _is_folder(entry):
         return False
 
 
-def is_visible(entry):
-    """Whether a folder's entry, of os.scandir, is not hidden."""
-    return not entry.name.startswith(".")
-
-
-def share_to_check(files):
-    """All of these, or an even share of very many."""
-    indices = np.linspace(0, len(files) - 1, min(len(files), CHECKED_FILES)).astype(int)
-    return [files[i] for i in np.unique(indices)]
-
-
-def is_image(entry):
-    """Whether a folder's entry, of os.scandir, is an image file by its name."""
-    return entry.is_file() and is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
-
-
-@contextlib.contextmanager
-def naming_file(path):
-    """Turn what Pillow's decoders raise for a damaged file, which has no common class, into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        # Pillow's own message may repeat the path:
-        reason = (str(error) or type(error).__name__).replace(repr(str(path)), "it").splitlines()[0]
-        raise UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})") from error
-
-
-@contextlib.contextmanager
-def open_image(path):
-    """The PIL image of a file; what goes wrong with it there is a UserError that names it."""
-    with naming_file(path), Image.open(path) as image:
-        if image.mode[0] in "IF":  # which PIL would cut off at white
-            raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}; convert it")
-        yield image
-
-
 class ArrayImages(Dataset):
     """Images in memory: float (N, C, H, W) in [-1, 1] or uint8 (N, H, W, C)."""
 
@@ -282,7 +229,7 @@ class ArrayImages(Dataset):
         digest.update(np.asarray(self.labels, np.int64))
         return digest.hexdigest()
 
-    def check(self, skip=False, processes=ALONE):
+    def check(self, skip=False, dist=ALONE):
         """Nothing to check: the images are in memory."""
 
 
@@ -318,69 +265,6 @@ def load_cifar10(root, dry_run=False):
     return ArrayImages(cifar.data, np.array(cifar.targets), cifar.classes, flips=True)
 
 
-MANIFEST = "manifest.json"
-
-
-class LatentCache(Dataset):
-    """Posterior moments that extract_features.py wrote: items (moments (2C, h, w), label), memory-mapped.
-
-    The mirrored item is the moments of the mirrored image. `vae` is the config of the VAE they are of.
-    """
-
-    channels, flips = 3, True
-
-    def __init__(self, folder):
-        path = os.path.join(folder, MANIFEST)
-        try:
-            with open(path) as file:
-                manifest = json.load(file)
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"--feature-path {folder}: no cache of extract_features.py ({error})") from error
-        if not manifest.get("complete"):
-            raise UserError(
-                f"--feature-path {folder}: unfinished; run the same extract_features.py command again"
-            )
-        self.folder, self.vae, self.classes = folder, manifest["vae"], manifest["classes"]
-        self.image_size, self.shard_size, self.count = (
-            manifest[name] for name in ("image_size", "shard_size", "count")
-        )
-        self.shards = [os.path.join(folder, shard["moments"]) for shard in manifest["shards"]]
-        self.checksums = [shard.get("sha256", "") for shard in manifest["shards"]]
-        for shard, moments in zip(manifest["shards"], self.shards):
-            if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
-                raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
-        try:
-            self.labels = np.concatenate(
-                [np.load(os.path.join(folder, s["labels"])) for s in manifest["shards"]]
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"--feature-path {folder}: its labels cannot be read ({error})") from error
-        if len(self.labels) != self.count:
-            raise UserError(f"--feature-path {folder}: {len(self.labels)} labels for {self.count} images")
-        self._maps = {}
-
-    @cached_property
-    def fingerprint(self):
-        """A hash of the moments and labels, in order."""
-        digest = hashlib.sha256("".join(self.checksums).encode())
-        digest.update(np.asarray(self.labels, np.int64))
-        return digest.hexdigest()
-
-    def __getstate__(self):
-        return dict(self.__dict__, _maps={})  # a worker maps the files itself
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, key):
-        index, mirrored = key
-        shard, row = divmod(index, self.shard_size)
-        if shard not in self._maps:
-            self._maps[shard] = np.load(self.shards[shard], mmap_mode="r")
-        moments = torch.from_numpy(self._maps[shard][row, int(mirrored)].astype(np.float32))
-        return moments, int(self.labels[index])
-
-
 class Rows(Dataset):
     """Some of the items of a data set, by index."""
 
@@ -408,7 +292,7 @@ def hold_out(dataset, seed):
     return Rows(dataset, np.sort(order[count:])), Rows(dataset, order[:count])
 
 
-class Guarded(Dataset):
+class ReadableDataset(Dataset):
     """A data set whose unreadable items do not raise: items (image, label, problem), the last "" or one line.
 
     skip: the next readable image stands in for an unreadable one; else zeros do, and training must stop.
@@ -436,7 +320,7 @@ class Guarded(Dataset):
 DATASETS = ("folder", "digits", "cifar10")
 
 
-def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False, processes=ALONE):
+def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False, dist=ALONE):
     """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError.
 
     dry_run: download nothing. skip_bad_images: some of them may be damaged. processes: all of them call it.
@@ -455,14 +339,14 @@ def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=Fal
             f" side; give --image-size {dataset.image_size}"
         )
     if name == "folder":
-        require_same_data(dataset, processes, f"--data-path {data_path}")
-    dataset.check(skip_bad_images, processes)
+        require_same_data(dataset, dist, f"--data-path {data_path}")
+    dataset.check(skip_bad_images, dist)
     return dataset
 
 
-def require_same_data(dataset, processes, flag):
+def require_same_data(dataset, dist, flag):
     """Raise UserError unless all processes, which may be on several machines, see the same data set."""
-    counts, fingerprints = zip(*processes.gather((len(dataset), dataset.fingerprint)))
+    counts, fingerprints = zip(*dist.gather((len(dataset), dataset.fingerprint)))
     if len(set(fingerprints)) > 1:
         raise UserError(
             f"{flag}: the processes see different files there, {min(counts):,} to {max(counts):,} of them;"
@@ -470,7 +354,7 @@ def require_same_data(dataset, processes, flag):
         )
 
 
-class BatchOrder:
+class DistributedBatchSampler:
     """Which images make which batch: keys (index, mirrored) of this process's share of every global batch.
 
     Every epoch is a new permutation that depends on the seed and epoch alone, cut into global batches (a rest
@@ -502,10 +386,10 @@ class BatchOrder:
             yield list(zip(order[rows].tolist(), mirrored[rows].tolist()))
 
 
-def read_batches(dataset, order, num_workers, device):
+def make_loader(dataset, order, num_workers, device):
     """Yield batches (images, labels, problems) in this order, read by num_workers processes ahead of time.
 
-    dataset: Guarded. problems: the lines that say what could not be read. Close it to end the workers.
+    dataset: a ReadableDataset. problems: lines that say what could not be read. Close it to end the workers.
     """
     yield from DataLoader(
         dataset,

@@ -4,7 +4,7 @@ import difflib
 import re
 from functools import cache
 
-from runtime import UserError
+from runtime.cli import UserError
 
 
 def resolve_labels(words, num_classes, classes=None):

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from runtime import UserError, torch_defaults
+from runtime.cli import UserError, torch_defaults
 
 # What --vae calls the two decoders that the paper's samples were made with:
 PUBLISHED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}

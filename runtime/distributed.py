@@ -1,242 +1,22 @@
-"""What every command needs: processes, device, precision, seeds, logging, errors."""
+"""Processes, devices, precision and seeds."""
 
-import argparse
 import contextlib
-import fcntl
-import logging
-import math
 import os
-import re
 import secrets
 import signal
 import socket
-import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm.auto import tqdm
+
+from runtime.cli import Stopped, UserError, out_of_memory, reason_of
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-
 # How long processes wait for one another: tens of minutes, since the main one may download weights meanwhile.
 TIMEOUT = timedelta(minutes=60)
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: its message, one line, names the flag or file, the value and the
-    remedy."""
-
-
-@contextlib.contextmanager
-def blame(flag):
-    """Turn a ValueError inside into a UserError that names the flag: `with blame("--image-size 250"): …`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from error
-
-
-@contextlib.contextmanager
-def whole_file(path, mode="w"):
-    """A file to write that stands under its name only when complete and on the disk, or not at all.
-
-    Any number of processes may write the same path at once, each to a temporary file of its own; the last to
-    end wins. What a killed one left goes with the next write."""
-    with contextlib.suppress(OSError):
-        _remove_abandoned(path)
-    file, temporary = _open_temporary(path, mode)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except Exception:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
-
-
-def _open_temporary(path, mode):
-    """A new file beside a path, and its name. It is locked as long as its writer lives, where the file system
-    has locks, so that only an abandoned one is removed."""
-    while True:
-        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        file = open(temporary, mode.replace("w", "x"))
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:  # else taken for an abandoned one before it was locked
-            return file, temporary
-        file.close()
-
-
-def _remove_abandoned(path):
-    """Remove the temporary files of a path whose writers were killed."""
-    folder, name = os.path.split(path)
-    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
-    for found in filter(pattern.fullmatch, os.listdir(folder or ".")):
-        temporary = os.path.join(folder, found)
-        with contextlib.suppress(OSError), open(temporary, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.remove(temporary)
-
-
-def is_locked(path):
-    """Whether a process holds this lock of filelock's; nothing is written, and no file is made."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def out_of_memory(error):
-    """Whether an exception says that memory ran out, a GPU's or the machine's."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # What torch raises elsewhere, for the machine's memory above all, has no class of its own:
-    signs = ("can't allocate memory", "out of memory", "alloc_failed")
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-
-
-class Tolerance:
-    """Lets a run go on where something beside the training fails, such as a picture or a line of its log:
-    `with tolerate("picture"): …`. The first failure of each name is a warning, the later ones are silent."""
-
-    def __init__(self, logger):
-        self.logger, self.warned = logger, set()
-
-    @contextlib.contextmanager
-    def __call__(self, name, errors=OSError):
-        """errors: the classes of exceptions to tolerate, beside those that say that memory ran out."""
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, errors) and not out_of_memory(error):
-                raise
-            self.warn(name, error)
-
-    def warn(self, name, error):
-        """Log that something failed, once for each name."""
-        if name not in self.warned:
-            self.warned.add(name)
-            self.logger.warning(
-                f"Warning: {name}: {reason_of(error)}; training goes on, and this is said once only"
-            )
-
-
-def reason_of(error):
-    """Why something failed, in one line."""
-    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class Lasting:
-    """A standard stream that outlives its reader: what is written once `tee`, say, has ended is lost, and
-    ends nothing."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with self._lasting():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with self._lasting():
-            self.stream.flush()
-
-    @contextlib.contextmanager
-    def _lasting(self):
-        try:
-            yield
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
-        except OSError:  # a full disk, which may have room again
-            pass
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def is_utf8(path):
-    """Whether a path is UTF-8, as torch's memory maps and safetensors demand."""
-    return not any("\udc80" <= character <= "\udcff" for character in str(path))
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage, which --help shows."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        # "argument --batch: 0: must be …" becomes "--batch 0: must be …", the form of all our errors:
-        message = re.sub(r"^argument (--[\w-]+): (\S+: must be )", r"\1 \2", message)
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def int_at_least(low, multiple_of=1):
-    """An argparse type: whole numbers of at least low that are multiples of multiple_of."""
-
-    def parse(text):
-        value = int(text)
-        if value < low:
-            least = f"at least {low}" if low else "0 or more"
-            raise argparse.ArgumentTypeError(f"{value}: must be {least}")
-        if value % multiple_of:
-            raise argparse.ArgumentTypeError(f"{value}: must be a multiple of {multiple_of}")
-        return value
-
-    parse.__name__ = "int"  # argparse's name for it where text is no number
-    return parse
-
-
-def float_above(low):
-    """An argparse type: finite numbers above low."""
-
-    def parse(text):
-        value = float(text)
-        if not value > low:
-            raise argparse.ArgumentTypeError(f"{value}: must be more than {low}")
-        if math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{value}: must be finite")
-        return value
-
-    parse.__name__ = "float"
-    return parse
-
-
-def launch(main, parser):
-    """Run main(args) as a command: exit code 0, or 2 and one line on standard error for a UserError."""
-    for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    args = parser.parse_args()
-    streams = redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr))
-    try:
-        with streams[0], streams[1]:
-            main(args)
-    except UserError as error:
-        # An error from a data-loading worker carries that worker's traceback; its last line is the message.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        parser.error(line)
-    leave_group()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,7 +24,7 @@ def launch(main, parser):
 
 
 @dataclass(frozen=True)
-class Processes:
+class Distributed:
     """This process among those of the run: rank of world_size, and its device."""
 
     rank: int
@@ -258,12 +38,12 @@ class Processes:
 
     def barrier(self):
         if self.world_size > 1:
-            dist.barrier()
+            torch.distributed.barrier()
 
     def count(self, name, n=1):
         """Add n to a number that all processes share under this name, and return it. Waits for no process."""
         if self.world_size > 1:
-            return dist.distributed_c10d._get_default_store().add(f"dit/count/{name}", n)
+            return torch.distributed.distributed_c10d._get_default_store().add(f"dit/count/{name}", n)
         self._counts[name] = self._counts.get(name, 0) + n
         return self._counts[name]
 
@@ -284,7 +64,7 @@ class Processes:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def on_main(self, call, *args):
@@ -347,14 +127,14 @@ class Processes:
         """The mean over all processes of a tensor; every process calls it and gets it."""
         if self.world_size > 1:
             value = value.clone()
-            dist.all_reduce(value)
+            torch.distributed.all_reduce(value)
             value /= self.world_size
         return value
 
     def sum_(self, tensor):
         """Make a tensor, in place, the sum of all processes'; every process calls it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            torch.distributed.all_reduce(tensor)
         return tensor
 
     def join_rows(self, rows):
@@ -367,7 +147,7 @@ class Processes:
         padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
         padded[: len(rows)] = rows.to(self.device)
         parts = [torch.empty_like(padded) for _ in counts] if self.is_main else None
-        dist.gather(padded, parts, dst=0)
+        torch.distributed.gather(padded, parts, dst=0)
         if self.is_main:
             return torch.cat([part[:count].to(rows.device) for part, count in zip(parts, counts)])
 
@@ -376,7 +156,7 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value)
         return values
 
     def assert_same(self, tensors):
@@ -385,22 +165,20 @@ class Processes:
             return
         sums = torch.stack([tensor.detach().double().sum() for tensor in tensors]).view(torch.int64)
         low, high = sums.clone(), sums.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
+        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise RuntimeError("the processes' weights have drifted apart; nothing was saved")
-
-
-class Stopped(Exception):
-    """The run was asked to stop in the midst of something that is done again when it continues."""
 
 
 class StopRequest:
     """Whether the run was asked to stop, by SIGTERM, SIGINT or a problem, agreed on by all processes."""
 
-    def __init__(self, processes):
+    def __init__(self, dist):
         self.signalled = False
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if processes.world_size > 1 else None
+        self.group = (
+            torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if dist.world_size > 1 else None
+        )
         self.before = signal.signal(signal.SIGTERM, self._note)  # which a launcher may send more than once
         self.previous = signal.signal(signal.SIGINT, self._note)
 
@@ -421,7 +199,7 @@ class StopRequest:
         """
         flags = torch.tensor([self.signalled, bool(problem)], dtype=torch.int32)
         if self.group is not None:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
         signalled, problem = flags.tolist()
         return bool(signalled), bool(problem)
 
@@ -448,11 +226,11 @@ class StopRequest:
 
 def leave_group():
     """Leave the other processes, with whom nothing more is to be done."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def start_processes():
+def init_distributed():
     """Join the processes that torchrun started, or be the only one. A GPU each where there are any, else the
     CPU."""
     copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
@@ -478,12 +256,12 @@ def start_processes():
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if world_size > 1 and not dist.is_initialized():
+    if world_size > 1 and not torch.distributed.is_initialized():
         options = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             options |= dict(store=agree_on_store(rank, world_size), rank=rank, world_size=world_size)
-        dist.init_process_group(timeout=TIMEOUT, **options)
-    return Processes(rank, world_size, device)
+        torch.distributed.init_process_group(timeout=TIMEOUT, **options)
+    return Distributed(rank, world_size, device)
 
 
 def identify(pid):
@@ -523,20 +301,20 @@ def agree_on_store(rank, world_size):
     answers to it with a number of its own, and knows by the list of all answers that it is not an old one.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
     mine = secrets.token_hex()
     if rank == 0:
         attempt = mine
         store.set("dit/attempt", attempt)
         answers = [store.get(f"dit/{attempt}/{other}").decode() for other in range(1, world_size)]
         store.set(f"dit/{attempt}/all", " ".join(answers))
-        return dist.PrefixStore(f"dit/{attempt}", store)
+        return torch.distributed.PrefixStore(f"dit/{attempt}", store)
     while True:
         attempt = store.get("dit/attempt").decode()
         store.set(f"dit/{attempt}/{rank}", mine)
         everyone = f"dit/{attempt}/all"
         if store.check([everyone]) and mine in store.get(everyone).decode().split():
-            return dist.PrefixStore(f"dit/{attempt}", store)
+            return torch.distributed.PrefixStore(f"dit/{attempt}", store)
         time.sleep(0.1)
 
 
@@ -588,69 +366,4 @@ def fold_seed(seed):
     return (low + derive_seed(beyond)) % 2**32 if beyond else low
 
 
-@contextlib.contextmanager
-def torch_defaults():
-    """torch's own defaults, float32 on the CPU, for what is made inside, whatever the caller has set."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-# ---------------------------------------------------------------------------------------------
-# Logging
-
-
-class _ThroughTqdm(logging.StreamHandler):
-    """Prints above a progress bar instead of through it."""
-
-    def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
-
-
-class _LogFile(logging.FileHandler):
-    """Writes to a file as long as that can be written to; where not, says so once, on the terminal."""
-
-    def __init__(self, path, others):
-        super().__init__(path, delay=True, errors="backslashreplace")
-        self.others, self.warned = others, False
-
-    def emit(self, record):
-        try:
-            super().emit(record)
-        except OSError:  # it could not be opened
-            self.handleError(record)
-
-    def handleError(self, record):
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self.warned:
-            self.warned = True
-            text = f"Warning: {self.baseFilename}: {reason_of(error)}; the log is on the terminal alone"
-            warning = logging.LogRecord(record.name, logging.WARNING, "", 0, text, None, None)
-            for handler in self.others:
-                handler.handle(warning)
-
-
-def create_logger(folder=None, enabled=True):
-    """A logger to the terminal and, with a folder, to its log.txt; silent where not enabled (all ranks but
-    one)."""
-    logger = logging.getLogger("dit")
-    logger.handlers.clear()
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    if not enabled:
-        logger.addHandler(logging.NullHandler())
-        return logger
-    handlers = [_ThroughTqdm()]
-    if folder is not None:
-        handlers.append(_LogFile(os.path.join(folder, "log.txt"), others=handlers[:1]))
-        handlers[1].setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-    for handler in handlers:
-        logger.addHandler(handler)
-    return logger
+ALONE = Distributed(0, 1, torch.device("cpu"))

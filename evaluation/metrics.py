@@ -14,7 +14,7 @@ NEIGHBOUR = 3  # k of precision and recall
 
 
 @contextlib.contextmanager
-def full_precision():
+def exact_fp32():
     """Float32 products and convolutions with all 24 bits inside, whatever --precision says outside."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
@@ -43,10 +43,10 @@ class Moments:
         self.sum += rows.sum(0)
         self.products.addmm_(rows.T, rows)
 
-    def merge(self, processes):
+    def merge(self, dist):
         """Make these the moments of the rows of all processes; every process calls it."""
         for values in (self.n, self.sum, self.products):
-            processes.sum_(values)
+            dist.sum_(values)
 
     @property
     def mean(self):
@@ -153,7 +153,7 @@ def precision_recall(
     parts = [-(-len(rows) // block) for rows in sides]
     total = parts[0] ** 2 + parts[1] ** 2 + parts[0] * parts[1]
     bar = tqdm(total=total, desc="Precision and recall", unit="block", disable=not progress)
-    with full_precision(), bar:
+    with exact_fp32(), bar:
         reference, samples = sides
         measure = _rounded_squared_distances if half else _squared_distances
         radii = [_squared_radii(rows, k, measure, block, bar) for rows in sides]

@@ -9,55 +9,36 @@ results/000-DiT-XL-2/
 """
 
 import contextlib
-import ctypes
-import gc
-import importlib.util
 import itertools
 import json
 import math
 import os
-import platform
 import re
-import resource
-import secrets
-import statistics
-import sys
 import time
 
-import torch
 from filelock import FileLock, Timeout
 
-import checkpoint
-from images import check_folder
-from runtime import UserError, identify, is_gone, is_locked, reason_of, set_precision, whole_file
+from checkpointing import files as checkpoints
+from runtime.cli import UserError, atomic_write, is_locked
+from runtime.distributed import identify, is_gone
+from runtime.image_io import check_folder
+from training.run_log import WANDB_ID
 
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
-EXECUTION = {
+NON_REPRODUCIBLE = {
     "allow_changed_data", "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every",
     "ckpt_every", "sample_every", "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
 }  # fmt: skip
-
 # Options that may be paths; or else names of published weights, or hub ids.
 PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_weights")
-
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
-
 OWNER = ".owner"  # which process holds the folder, or held it last
 JOB = ".job"  # which torchrun agents' processes last began or continued the run
-WANDB_ID = ".wandb-id"  # holds the id of the run's run at W&B, which a continued one goes on with
-
 # How long a run waits for what a dead one left; a loader's worker notices within 5 s:
 LEFTOVER_SECONDS = 30
-
 # The name of the checkpoint that is not numbered, so that retention passes it over:
 BEST = "best.pt"
-
-# Dense matrix products, FLOP/s, of the datasheets, by a part of the device's name and the precision:
-PEAK_FLOPS = {
-    "H200": dict(bf16=989e12, tf32=495e12), "H100": dict(bf16=989e12, tf32=495e12),
-    "A100": dict(bf16=312e12, tf32=156e12),
-}  # fmt: skip
 
 
 class Experiment:
@@ -76,23 +57,23 @@ class Experiment:
             elif args.resume == "never":
                 self.folder = self._find_restarted(args)
             else:
-                self.folder, self.resumed = self._given(args)
+                self.folder, self.resumed = self._open_requested_run(args)
             self.goes_back = self.resumed is not None
             if self.folder is None:
                 self.folder = self._create(args)
             else:
-                self.resumed = self.resumed or checkpoint.latest(self.checkpoints)
+                self.resumed = self.resumed or checkpoints.latest(self.checkpoints)
 
     def _open(self, results_dir):
         os.makedirs(results_dir, exist_ok=True)
 
-    def go_on(self, args):
+    def prepare_resume(self, args):
         """Make the folder that of a run which goes on from `resumed`, with these options. UserError where it
         cannot be written to."""
         with refusing(args):
-            checkpoint.retain(self.checkpoints, 0)
-            later = checkpoint.set_aside(
-                self.checkpoints, checkpoint.step_of(self.resumed) if self.resumed else 0
+            checkpoints.retain(self.checkpoints, 0)
+            later = checkpoints.set_aside(
+                self.checkpoints, checkpoints.step_of(self.resumed) if self.resumed else 0
             )
             self._write_settings(args)
             write_note(self.folder, JOB, self.agents)
@@ -153,7 +134,7 @@ class Experiment:
         """The folder of this very job, whose processes torchrun started again after one died, or None."""
         for name in numbered_runs(args.results_dir):
             folder = os.path.join(args.results_dir, name)
-            same = read_settings(folder) == comparable(vars(args))
+            same = read_settings(folder) == reproducible_args(vars(args))
             if same and self._is_of_this_job(folder) and self._acquire(folder):
                 return folder
         return None
@@ -168,14 +149,14 @@ class Experiment:
         # Where a copy shares the number of a run, the run comes first:
         for name in sorted(numbers, key=lambda name: (-numbers[name], len(name), name)):
             folder = os.path.join(args.results_dir, name)
-            if read_settings(folder) == comparable(vars(args)) and not is_finished(folder):
+            if read_settings(folder) == reproducible_args(vars(args)) and not is_finished(folder):
                 if self._acquire(folder):
                     if not is_finished(folder):  # between the two
                         return folder
                     self.lock.release()
         return None
 
-    def _given(self, args):
+    def _open_requested_run(self, args):
         """The folder of --resume PATH, a run's or one of its checkpoints', and that checkpoint, unless it
         was gone back to before: then None, since what is newer came from it."""
         path, named, folder = args.resume, None, args.resume
@@ -215,7 +196,7 @@ class Experiment:
         return folder
 
     def _write_settings(self, args):
-        with whole_file(os.path.join(self.folder, "args.json")) as file:
+        with atomic_write(os.path.join(self.folder, "args.json")) as file:
             json.dump(vars(args), file, indent=2)
 
     def finish(self):
@@ -273,11 +254,13 @@ def is_finished(folder):
     return os.path.exists(os.path.join(folder, FINISHED))
 
 
-def comparable(settings):
+def reproducible_args(settings):
     """Of options, what a run computes: plain JSON data. Two paths to one place are the same; relative ones,
     which earlier versions kept, are taken from here."""
     settings = resolve_paths(settings, os.path.realpath)
-    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in EXECUTION}))
+    return json.loads(
+        json.dumps({name: value for name, value in settings.items() if name not in NON_REPRODUCIBLE})
+    )
 
 
 def resolve_paths(settings, resolve):
@@ -286,7 +269,7 @@ def resolve_paths(settings, resolve):
     return {**settings, **{name: resolve(path) for name, path in paths.items() if os.path.exists(path)}}
 
 
-def read_settings(folder, select=comparable):
+def read_settings(folder, select=reproducible_args):
     """The comparable settings of a run's folder, or others of them; None where it is no such folder."""
     try:
         with open(os.path.join(folder, "args.json")) as file:
@@ -297,7 +280,7 @@ def read_settings(folder, select=comparable):
 
 def write_note(folder, name, value):
     """Keep plain data in a run's folder."""
-    with whole_file(os.path.join(folder, name)) as file:
+    with atomic_write(os.path.join(folder, name)) as file:
         json.dump(value, file)
 
 
@@ -312,13 +295,13 @@ def read_note(folder, name):
 
 def is_repeated(folder, args):
     """Whether the run in this folder was last continued as these options say, and has not finished."""
-    same = read_settings(folder) == comparable(vars(args))
+    same = read_settings(folder) == reproducible_args(vars(args))
     last = read_settings(folder, lambda settings: settings.get("resume"))
     same_place = last is not None and os.path.realpath(last) == os.path.realpath(args.resume)
     return same and same_place and not is_finished(folder)
 
 
-class Best:
+class BestCheckpoint:
     """checkpoints/best.pt, the averaged weights with the lowest FID so far. Only the main process has one.
 
     settings: plain data, what two values of FID must share to be compared. One of other settings, or of a
@@ -330,7 +313,7 @@ class Best:
         if os.path.exists(self.path):
             found = {}
             with contextlib.suppress(UserError):  # damaged
-                found = checkpoint.load(self.path).contents
+                found = checkpoints.load(self.path).contents
             fid = found.get("fid", {})
             if found.get("step", math.inf) <= start_step and fid.get("settings") == settings:
                 self.value = fid["value"]
@@ -341,235 +324,6 @@ class Best:
         """Keep these contents of a checkpoint if their FID is the lowest; whether it is."""
         if value >= self.value:
             return False
-        checkpoint.save(self.path, dict(contents, fid=dict(value=value, settings=self.settings)))
+        checkpoints.save(self.path, dict(contents, fid=dict(value=value, settings=self.settings)))
         self.value = value
         return True
-
-
-class Metrics:
-    """Where a run's numbers go: metrics.jsonl, TensorBoard where it is installed, W&B where
-    asked. Only the main process has one.
-
-    names     of the numbers that stand there for start_step
-    tolerate  a Tolerance: what cannot be written is left out
-    """
-
-    def __init__(self, folder, *, start_step, tolerate, use_wandb=False, settings=None):
-        self.path, self.tolerate, self.names = os.path.join(folder, "metrics.jsonl"), tolerate, set()
-        with tolerate(self.path):
-            self._drop_after(start_step)
-        self.tensorboard = self.wandb = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            with tolerate("TensorBoard", Exception):
-                path = os.path.join(folder, "tensorboard")
-                self.tensorboard = SummaryWriter(path, purge_step=start_step + 1)
-        if use_wandb:
-            self._start_wandb(folder, settings, start_step)
-
-    def _drop_after(self, step):
-        """Forget what an interrupted run wrote after the checkpoint that it continues from."""
-        if not os.path.exists(self.path):
-            return
-        kept = []
-        with open(self.path) as file:
-            for line in file:
-                with contextlib.suppress(json.JSONDecodeError):  # a line that was never finished
-                    row = json.loads(line)
-                    if row["step"] <= step:
-                        kept.append(line)
-                    if row["step"] == step:
-                        self.names |= row.keys()
-        with whole_file(self.path) as file:
-            file.writelines(kept)
-
-    def _start_wandb(self, folder, settings, start_step):
-        """Begin a run of W&B, or go on with this folder's."""
-        wandb, path = import_wandb(), os.path.join(folder, WANDB_ID)
-        try:
-            if not os.path.exists(path):
-                with whole_file(path) as file:
-                    file.write(secrets.token_hex(4))
-            with open(path) as file:
-                run_id = file.read()
-            self.wandb = wandb.init(
-                project="DiT", name=os.path.basename(folder), dir=folder, config=settings, id=run_id,
-                resume="allow", allow_val_change=True,
-            )  # fmt: skip
-        except Exception as error:  # of W&B's own kinds
-            if not start_step:  # a run that has begun goes on without
-                raise UserError(f"--wandb: did not start ({reason_of(error)}); leave it out") from error
-            self.tolerate.warn("Weights & Biases", error)
-
-    def write(self, step, **numbers):
-        """Add a row for a step."""
-        with self.tolerate(self.path):
-            self._append(json.dumps(dict(step=step, **numbers)) + "\n")
-        if self.tensorboard is not None:
-            writer, self.tensorboard = self.tensorboard, None  # not to be tried again if it fails
-            with self.tolerate("TensorBoard", Exception):
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, step)
-                self.tensorboard = writer
-        if self.wandb is not None:
-            run, self.wandb = self.wandb, None
-            with self.tolerate("Weights & Biases", Exception):
-                run.log(numbers, step=step)
-                self.wandb = run
-
-    def _append(self, line):
-        """Add a line to metrics.jsonl, or nothing of it."""
-        with open(self.path, "ab", buffering=0) as file:
-            size, data = file.tell(), line.encode()
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError:
-                with contextlib.suppress(OSError):
-                    file.truncate(size)
-                raise
-
-    def close(self):
-        """Flush what is not written yet."""
-        if self.tensorboard is not None:
-            with self.tolerate("TensorBoard", Exception):
-                self.tensorboard.close()
-        if self.wandb is not None:
-            with self.tolerate("Weights & Biases", Exception):
-                self.wandb.finish()
-
-
-class Meter:
-    """Running means of the losses between two log lines; looks at a GPU only when read."""
-
-    def __init__(self):
-        self.sums, self.steps, self.skipped = {}, 0, 0
-        self.restored, self.since = 0, time.perf_counter()  # steps that an earlier process took the time for
-
-    def add_skipped(self, count):
-        """Count images that could not be read."""
-        self.skipped += count
-
-    def add(self, terms, quarter):
-        """Count a step's terms, each (N,), and the loss by quarter (N,) of the steps of diffusion, 0 … 3."""
-        self.steps += 1
-        for name, values in terms.items():
-            self._add(name, values.detach().mean())
-        loss, counts = terms["loss"].detach().float(), torch.zeros(4, device=quarter.device)
-        self._add("quarter_counts", counts.index_add(0, quarter, torch.ones_like(loss)))
-        self._add("quarter_sums", counts.index_add(0, quarter, loss))
-
-    def _add(self, name, value):
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def read(self, processes):
-        """Means over steps and processes, loss_q1 … loss_q4 and steps_per_sec; starts anew."""
-        sums = {name: processes.mean(total) for name, total in self.sums.items()}
-        counts, losses = sums.pop("quarter_counts").tolist(), sums.pop("quarter_sums").tolist()
-        means = {name: total.item() / self.steps for name, total in sums.items()}
-        means |= {f"loss_q{i + 1}": losses[i] / counts[i] for i in range(4) if counts[i]}
-        means["skipped_images"] = sum(processes.gather(self.skipped))
-        means["steps_per_sec"] = (self.steps - self.restored) / (time.perf_counter() - self.since)
-        self.__init__()
-        return means
-
-    def state_dict(self):
-        """What a resumed run needs to go on in the middle of a window."""
-        return dict(
-            steps=self.steps,
-            skipped=self.skipped,
-            sums={name: total.cpu() for name, total in self.sums.items()},
-        )
-
-    def load_state_dicts(self, states, processes):
-        """Take up what state_dict gave on every process that there was, or this process's share of it where
-        there are others now."""
-        if len(states) == processes.world_size:
-            state = states[processes.rank]
-        else:
-            state = self._share(states, processes)
-        self.steps, self.skipped = state["steps"], state["skipped"]
-        self.restored = self.steps
-        self.sums = {name: total.to(processes.device) for name, total in state["sums"].items()}
-
-    @staticmethod
-    def _share(states, processes):
-        """A state that, the same on every process, has read give the same as these states together."""
-        sums = {name: sum(state["sums"][name] for state in states) for name in states[0]["sums"]}
-        # Means over a process's images are averaged; what is counted of its images is divided among the new
-        # processes, as the images are from now on:
-        for name, total in sums.items():
-            sums[name] = total / (processes.world_size if name.startswith("quarter_") else len(states))
-        skipped = sum(state["skipped"] for state in states) if processes.is_main else 0
-        return dict(steps=states[0]["steps"], skipped=skipped, sums=sums)
-
-
-def memory_gib(device, reserved=False):
-    """The most memory this process has held, GiB: of the GPU, or of the machine.
-
-    reserved: count all that PyTorch took from the GPU, also where no tensor is.
-    """
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated
-        return peak(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def restart_peak_memory(device):
-    """Give unused memory back, and let memory_gib count from what is held now, where the system can."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.path.exists("/proc/self/clear_refs"):  # Linux
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # of glibc
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-
-
-def device_name(device):
-    """The GPU's or processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def measure_matmul_flops(device, precision):
-    """FLOP/s that this device reaches in one large matrix product at this precision."""
-    set_precision(precision, device)
-    size = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
-
-
-def peak_flops(device, precision):
-    """The datasheet's FLOP/s of this device at this precision, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks.get(precision) for part, peaks in PEAK_FLOPS.items() if part in name), None)
-
-
-def import_wandb():
-    """The wandb package; UserError where it is not installed."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb: not installed; uv sync --group wandb, or pip install wandb") from error
-    return wandb

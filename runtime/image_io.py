@@ -1,17 +1,19 @@
-"""Pictures: images as bytes, grids, animations and files.
+"""Images: read, cropped, made bytes, grids, animations and files.
 
-Images are float (N, C, H, W), of 1 or 3 channels.
+Images are float (N, C, H, W), of 1 or 3 channels, unless said.
 """
 
+import contextlib
 import errno
 import os
 import tempfile
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from runtime import UserError, whole_file
+from runtime.cli import UserError, atomic_write
 
 
 def to_unit(x):
@@ -28,7 +30,7 @@ def save_grid(images, path, nrow):
     """Write images (N, C, H, W) in [0, 1] as one PNG, whole or not at all, nrow a row; tiny ones enlarged for
     the eye."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with whole_file(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         _grid(images, nrow).save(file, "PNG")
 
 
@@ -86,3 +88,65 @@ def check_folder(path, flag):
         if not unknown or not os.access(place, os.W_OK | os.X_OK):
             reason = os.strerror(errno.EACCES) if unknown else error.strerror
             raise UserError(f"{flag} {path}: cannot be written to ({reason})") from error
+
+
+# What counts as an image, by its name: torchvision's list, whose import takes seconds.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Up to this many files are looked at before training; of more, as many, evenly spread:
+CHECKED_FILES = 10_000
+
+
+def center_crop_arr(pil_image, image_size):
+    """ADM's crop: a PIL image scaled so that its shorter side is image_size, then the square in its middle.
+
+    Halved by averaging while it is at least twice too large, then resized bicubically. Returns a PIL image.
+    """
+    while min(pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), resample=Image.BOX)
+    scale = image_size / min(pil_image.size)
+    pil_image = pil_image.resize(
+        tuple(round(side * scale) for side in pil_image.size), resample=Image.BICUBIC
+    )
+    left, top = ((side - image_size) // 2 for side in pil_image.size)
+    return pil_image.crop((left, top, left + image_size, top + image_size))
+
+
+def _to_tensor(image):
+    """A PIL image or uint8 (H, W, C) array to float (C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def is_visible(entry):
+    """Whether a folder's entry, of os.scandir, is not hidden."""
+    return not entry.name.startswith(".")
+
+
+def share_to_check(files):
+    """All of these, or an even share of very many."""
+    indices = np.linspace(0, len(files) - 1, min(len(files), CHECKED_FILES)).astype(int)
+    return [files[i] for i in np.unique(indices)]
+
+
+def is_image(entry):
+    """Whether a folder's entry, of os.scandir, is an image file by its name."""
+    return entry.is_file() and is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
+
+
+@contextlib.contextmanager
+def naming_file(path):
+    """Turn what Pillow's decoders raise for a damaged file, which has no common class, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        # Pillow's own message may repeat the path:
+        reason = (str(error) or type(error).__name__).replace(repr(str(path)), "it").splitlines()[0]
+        raise UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})") from error
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """The PIL image of a file; what goes wrong with it there is a UserError that names it."""
+    with naming_file(path), Image.open(path) as image:
+        if image.mode[0] in "IF":  # which PIL would cut off at white
+            raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}; convert it")
+        yield image

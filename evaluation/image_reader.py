@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data import IMG_EXTENSIONS, center_crop_arr, is_image, open_image, share_to_check
-from runtime import UserError, whole_file
+from runtime.cli import UserError, atomic_write
+from runtime.image_io import IMG_EXTENSIONS, center_crop_arr, is_image, open_image, share_to_check
 
 # What np.load and zipfile raise for a file that is damaged or something else:
 DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
@@ -53,7 +53,7 @@ class Images:
 # ADM's .npz
 
 
-class ArrayFile(Images):
+class NpzReader(Images):
     """Images of an .npz: mapped to memory a batch at a time, or unpacked on the way where compressed."""
 
     def __init__(self, path, flag):
@@ -164,7 +164,7 @@ def read_arrays(path, names, flag):
 # Folders
 
 
-class PictureFolder(Images):
+class ImageFolderReader(Images):
     """Images in a folder and its subfolders, by name; a subfolder of the folder counts as a class.
 
     crop: the side that ADM's centre crop brings them to; None takes them as they are, all of one size.
@@ -233,7 +233,7 @@ class _Files(Dataset):
 
 def write_reference(path, images, indices, **arrays):
     """Write an .npz in ADM's format: arrays, and the images at these indices as arr_0, one at a time."""
-    with whole_file(path, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+    with atomic_write(path, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, np.asarray(array))

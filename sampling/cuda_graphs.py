@@ -4,7 +4,7 @@ of kernels one by one takes longer than their work."""
 import torch
 
 
-class Graphed:
+class GraphedModel:
     """A DiT for sampling that records its forward pass at the first call of each shape, and replays it.
 
     It keeps the memory of every shape it has seen. Its weights may change in place only. Needs a GPU.

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from download import INCEPTION_SHA256, INCEPTION_WEIGHTS, PRETRAINED_FOLDER, download_inception
-from image_files import names_in, read_arrays
-from metrics import Moments, frechet_distance, full_precision
-from runtime import UserError
+from checkpointing.published import INCEPTION_SHA256, INCEPTION_WEIGHTS, PRETRAINED_FOLDER, download_inception
+from evaluation.image_reader import names_in, read_arrays
+from evaluation.metrics import Moments, exact_fp32, frechet_distance
+from runtime.cli import UserError
 
 # What an .npz in ADM's format calls the mean and covariance of the two kinds of features:
 STATISTICS = dict(pooled=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
@@ -52,14 +52,14 @@ class Inception:
     @torch.no_grad()
     def __call__(self, images):
         """Features of images (N, 3, H, W), uint8: pooled (N, 2048) and spatial (N, 2023)."""
-        with full_precision():
+        with exact_fp32():
             (pooled,) = self.network(images.to(self.device))
         return pooled, self.spatial
 
     @torch.no_grad()
     def logits(self, pooled):
         """Of the 1,008 classes, without the biases, which ADM leaves out: (N, 2048) to (N, 1008)."""
-        with full_precision():
+        with exact_fp32():
             return pooled.to(self.device) @ self.network.fc.weight.T
 
 
@@ -133,15 +133,15 @@ class Features:
     spatial: Moments | None = None
 
 
-def share_of(count, batch_size, processes):
+def share_of(count, batch_size, dist):
     """This process's part, (start, stop), of count images in order: whole batches, but for the last."""
     batches = -(-count // batch_size)
-    bounds = [min(count, batches * rank // processes.world_size * batch_size)
-              for rank in (processes.rank, processes.rank + 1)]  # fmt: skip
+    bounds = [min(count, batches * rank // dist.world_size * batch_size)
+              for rank in (dist.rank, dist.rank + 1)]  # fmt: skip
     return tuple(bounds)
 
 
-def compute_features(batches, share, network, processes, wanted, desc):
+def compute_features(batches, share, network, dist, wanted, desc):
     """The Features that wanted names, of the images that all processes' batches hold.
 
     batches  this process's, uint8 (n, 3, H, W), in order
@@ -149,16 +149,14 @@ def compute_features(batches, share, network, processes, wanted, desc):
     Raises the UserError, or Stopped, of any process's batches on all of them.
     """
     start, stop = share
-    moments = {
-        kind: Moments(size, processes.device) for kind, size in network.sizes.items() if kind in wanted
-    }
+    moments = {kind: Moments(size, dist.device) for kind, size in network.sizes.items() if kind in wanted}
     rows = None
     if "rows" in wanted:
         rows = torch.empty(stop - start, network.sizes["pooled"], dtype=torch.float32, device="cpu")
     filled = 0
     with (
-        processes.agreeing(),
-        tqdm(total=stop - start, desc=desc, unit="image", disable=not processes.is_main) as bar,
+        dist.agreeing(),
+        tqdm(total=stop - start, desc=desc, unit="image", disable=not dist.is_main) as bar,
     ):
         for images in batches:
             features = dict(zip(("pooled", "spatial"), network(images)))
@@ -169,8 +167,8 @@ def compute_features(batches, share, network, processes, wanted, desc):
             filled += len(images)
             bar.update(len(images))
     for kind in moments:
-        moments[kind].merge(processes)
-    return Features(processes.join_rows(rows) if rows is not None else None, **moments)
+        moments[kind].merge(dist)
+    return Features(dist.join_rows(rows) if rows is not None else None, **moments)
 
 
 def read_statistics(path, kind, sizes, flag):
@@ -229,12 +227,12 @@ class SampleFID:
     """
 
     def __init__(
-        self, reference, count, *, weights=None, any_weights=False, sampling=None, processes, batch_size=64
+        self, reference, count, *, weights=None, any_weights=False, sampling=None, dist, batch_size=64
     ):
-        self.network = load_inception(weights, processes.device, any_weights)
+        self.network = load_inception(weights, dist.device, any_weights)
         check_same_weights(reference, self.network.sha256, "--fid-ref")
         self.reference = read_fid_reference(reference)
-        self.count, self.batch_size, self.processes = count, batch_size, processes
+        self.count, self.batch_size, self.dist = count, batch_size, dist
         self.sampling = sampling
         self.name = f"FID-{name_of_count(count)}"  # never 50K of fewer samples
         # What two values must have in common to be compared:
@@ -246,10 +244,10 @@ class SampleFID:
 
     def __call__(self, sampler):
         """The FID of a Sampler's images; every process calls it with the same weights and gets it."""
-        share = share_of(self.count, self.batch_size, self.processes)
+        share = share_of(self.count, self.batch_size, self.dist)
         batches = self._sample(sampler, *share)
-        found = compute_features(batches, share, self.network, self.processes, {"pooled"}, self.name)
-        return self.processes.on_main(
+        found = compute_features(batches, share, self.network, self.dist, {"pooled"}, self.name)
+        return self.dist.on_main(
             lambda: frechet_distance(*self.reference, found.pooled.mean, found.pooled.covariance)
         )
 

@@ -17,14 +17,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from runtime import UserError, is_locked
+from runtime.cli import UserError, is_locked
 
 CHUNK = 2**24  # bytes read at a time
 # What zipfile and numpy raise for a file that is damaged, or something else:
 DAMAGED = (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-class SampleArchive:
+class NpzWriter:
     """The .npz of samples at a path, and the notes of its batches in a folder.
 
     shape       (N, H, W, C) of all samples; batch_size: of which the last batch may have fewer
@@ -69,7 +69,7 @@ class SampleArchive:
             f"{self.folder}: another run is writing there; wait for it, or give another --sample-dir"
         )
 
-    def is_whole(self):
+    def is_complete(self):
         """Whether the .npz is there, has the shape of all samples, and every byte the zip's checksum.
 
         It needs no notes, so the folder may be gone."""
@@ -111,7 +111,7 @@ class SampleArchive:
         Raises UserError where another run is at it, or the disk has not enough room.
         """
         self.acquire()
-        if self.is_whole():
+        if self.is_complete():
             return {}, True
         if os.path.exists(self.path):  # damaged by something else
             os.replace(self.path, self.part)
@@ -179,7 +179,7 @@ class SampleArchive:
         if missing:
             raise UserError(f"{self.path}: batch {missing[0]} is missing; run the same command again")
         with open(self.part, "r+b") as file, open(self.part, "rb") as source:
-            target = _PassingOver(file)
+            target = SkipWriter(file)
             with zipfile.ZipFile(target, "w") as archive:
                 with _member(archive, "arr_0.npy") as member:
                     _write_header(member, self.shape)
@@ -213,7 +213,7 @@ def _write_header(file, shape):
     np.lib.format.write_array_header_1_0(file, header)
 
 
-class _PassingOver:
+class SkipWriter:
     """A file that, while `passing`, steps over what is written to it: the same bytes are there already, and
     the zip format is only to take their checksum."""
 

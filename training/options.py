@@ -5,17 +5,17 @@ import os
 
 import torch
 
-import checkpoint
-from autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from data import DATASETS, LatentCache, held_out_count, open_dataset, require_same_data
+from checkpointing import files as checkpoints
 from diffusion import PATHS, create_process
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
-from experiment import import_wandb, resolve_paths
-from inception import add_inception_arguments, read_fid_reference, read_weights
-from models import BLOCKS, FFNS, POS_EMBEDS, DiT, DiT_models, count_macs
-from runtime import Parser, UserError, add_precision_argument, blame, is_utf8
-from sampler import (
+from evaluation.inception import add_inception_arguments, read_fid_reference, read_weights
+from models import BLOCKS, FFNS, POS_EMBEDS, DiT, DiT_models
+from runtime.autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
+from runtime.cli import Parser, UserError, blame, is_utf8
+from runtime.distributed import add_precision_argument
+from runtime.flops import count_macs
+from sampling.options import (
     DEFAULTS,
     FID_CFG_SCALE,
     STEPS,
@@ -23,6 +23,10 @@ from sampler import (
     check_sampling_options,
     sampling_options,
 )
+from training.dataset import DATASETS, held_out_count, open_dataset, require_same_data
+from training.latent_cache import LatentCache
+from training.run_dir import resolve_paths
+from training.run_log import import_wandb
 
 # What --preset stands for; a flag given by hand wins. Behind each row: what it should give.
 # fmt: off
@@ -136,12 +140,12 @@ def _require(args, name, condition, what):
         raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {what}")
 
 
-def open_training_data(args, processes):
+def open_training_data(args, dist):
     """The data set of these options, of images or of cached latents; UserError where they do not go
     together."""
     if not args.feature_path:
         return open_dataset(
-            args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images, processes
+            args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images, dist
         )
     cache = LatentCache(args.feature_path)
     if args.data_path:
@@ -156,7 +160,7 @@ def open_training_data(args, processes):
             f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
         )
     args.vae = cache.vae["vae"]
-    require_same_data(cache, processes, f"--feature-path {args.feature_path}")
+    require_same_data(cache, dist, f"--feature-path {args.feature_path}")
     return cache
 
 
@@ -279,7 +283,7 @@ def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size, 
     parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
     height, width = model.input_size
     print(
-        f"model        {checkpoint.describe_model(model.config)}: {parameters:,} parameters,"
+        f"model        {checkpoints.describe_model(model.config)}: {parameters:,} parameters,"
         f" {macs / 1e9:.2f} GMACs"
     )
     print(

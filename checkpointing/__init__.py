@@ -1,0 +1,1 @@
+"""Weights on disk: our checkpoints, sharded ones, published ones, diffusers' folders."""

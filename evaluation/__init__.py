@@ -1,0 +1,1 @@
+"""What stands behind evaluation: metrics, the Inception network, readers of images."""

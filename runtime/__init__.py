@@ -1,0 +1,1 @@
+"""What every command needs: command line, processes, devices, images, the autoencoder, class names."""

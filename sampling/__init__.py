@@ -1,0 +1,1 @@
+"""What stands behind sampling: options, noise by seed, the .npz writer, CUDA graphs."""

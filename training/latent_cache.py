@@ -1,0 +1,74 @@
+"""A cache of latents that extract_features.py wrote, as a data set."""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from runtime.cli import UserError
+
+MANIFEST = "manifest.json"
+
+
+class LatentCache(Dataset):
+    """Posterior moments that extract_features.py wrote: items (moments (2C, h, w), label), memory-mapped.
+
+    The mirrored item is the moments of the mirrored image. `vae` is the config of the VAE they are of.
+    """
+
+    channels, flips = 3, True
+
+    def __init__(self, folder):
+        path = os.path.join(folder, MANIFEST)
+        try:
+            with open(path) as file:
+                manifest = json.load(file)
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"--feature-path {folder}: no cache of extract_features.py ({error})") from error
+        if not manifest.get("complete"):
+            raise UserError(
+                f"--feature-path {folder}: unfinished; run the same extract_features.py command again"
+            )
+        self.folder, self.vae, self.classes = folder, manifest["vae"], manifest["classes"]
+        self.image_size, self.shard_size, self.count = (
+            manifest[name] for name in ("image_size", "shard_size", "count")
+        )
+        self.shards = [os.path.join(folder, shard["moments"]) for shard in manifest["shards"]]
+        self.checksums = [shard.get("sha256", "") for shard in manifest["shards"]]
+        for shard, moments in zip(manifest["shards"], self.shards):
+            if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
+                raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
+        try:
+            self.labels = np.concatenate(
+                [np.load(os.path.join(folder, s["labels"])) for s in manifest["shards"]]
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"--feature-path {folder}: its labels cannot be read ({error})") from error
+        if len(self.labels) != self.count:
+            raise UserError(f"--feature-path {folder}: {len(self.labels)} labels for {self.count} images")
+        self._maps = {}
+
+    @cached_property
+    def fingerprint(self):
+        """A hash of the moments and labels, in order."""
+        digest = hashlib.sha256("".join(self.checksums).encode())
+        digest.update(np.asarray(self.labels, np.int64))
+        return digest.hexdigest()
+
+    def __getstate__(self):
+        return dict(self.__dict__, _maps={})  # a worker maps the files itself
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        shard, row = divmod(index, self.shard_size)
+        if shard not in self._maps:
+            self._maps[shard] = np.load(self.shards[shard], mmap_mode="r")
+        moments = torch.from_numpy(self._maps[shard][row, int(mirrored)].astype(np.float32))
+        return moments, int(self.labels[index])
