@@ -57,8 +57,8 @@ from evaluation.inception import Inception
 from extract_features import complete, finish_shard
 from models import DiT_models
 from runtime.autoencoder import SD_SCALE, VAE, Pixels
-from runtime.cli import Parser, UserError, atomic_write, float_above, int_at_least, launch
-from runtime.distributed import PRECISIONS, init_distributed, leave_group, set_precision
+from runtime.cli import Parser, UserError, atomic_write, float_above, int_at_least, launch, leave_group
+from runtime.distributed import PRECISIONS, init_distributed, set_precision
 from runtime.flops import count_macs, device_name, measure_matmul_flops, peak_flops
 from runtime.image_io import to_uint8
 from sample_ddp import sample_batches

@@ -77,8 +77,8 @@ class Sampler:
     ):
         """The sampler of a checkpoint file, or of published weights by name ("DiT-XL-2-256x256.pt").
 
-        precision, compile, cuda_graphs: see Plan.build. Options: weights, model, image_size, num_classes,
-        vae, guide; see Plan.
+        precision, compile, cuda_graphs: see CheckpointSpec.build. Options: weights, model, image_size,
+        num_classes, vae, guide; see CheckpointSpec.
         """
         return CheckpointSpec(path, **options).build(device, precision, compile, cuda_graphs)
 

@@ -36,16 +36,15 @@ from diffusion.timestep_sampler import create_named_schedule_sampler
 from evaluation.inception import SampleFID, share_of
 from models import DiT
 from runtime.autoencoder import resolve_vae
-from runtime.cli import Stopped, Tolerance, UserError, create_logger, launch
+from runtime.cli import Stopped, Tolerance, UserError, create_logger, launch, leave_group
 from runtime.distributed import (
+    ALONE,
     EVALUATION,
     STEP,
-    Distributed,
     StopRequest,
     fold_seed,
     generator_for,
     init_distributed,
-    leave_group,
     set_precision,
     torchrun_agent,
 )
@@ -557,11 +556,10 @@ def foresee(args, dataset, config, total):
 
     config: of the model, process and data, as in a checkpoint
     """
-    alone = Distributed(0, 1, torch.device("cpu"))
     if os.path.isdir(resolve_vae(args.vae)):
-        open_autoencoder(args, dataset, alone.device)
+        open_autoencoder(args, dataset, ALONE.device)
     if args.fid_ref and (args.inception_weights or local_inception()):
-        open_fid(args, alone)
+        open_fid(args, ALONE)
     initial = ""
     if args.init_from:
         path = find_local(args.init_from)

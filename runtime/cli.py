@@ -224,6 +224,11 @@ def launch(main, parser):
         # An error from a data-loading worker carries that worker's traceback; its last line is the message.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         parser.error(line)
+    leave_group()
+
+
+def leave_group():
+    """Leave the other processes, with whom nothing more is to be done."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -83,7 +83,7 @@ class Distributed:
     @contextlib.contextmanager
     def agreeing(self):
         """Make a UserError, Stopped or lack of memory (a MemoryError) inside, on any process, one on all, so
-        that they stay in step: `with processes.agreeing(): …`."""
+        that they stay in step: `with dist.agreeing(): …`."""
         problem = None
         try:
             yield
@@ -211,7 +211,7 @@ class StopRequest:
     @contextlib.contextmanager
     def interrupting(self, model):
         """Raise Stopped at the model's next forward pass once this process is signalled. The others are to be
-        told, by Processes.agreeing."""
+        told, by Distributed.agreeing."""
 
         def look(*_):
             if self.signalled:
@@ -222,12 +222,6 @@ class StopRequest:
             yield
         finally:
             hook.remove()
-
-
-def leave_group():
-    """Leave the other processes, with whom nothing more is to be done."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def init_distributed():

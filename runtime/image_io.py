@@ -111,7 +111,7 @@ def center_crop_arr(pil_image, image_size):
     return pil_image.crop((left, top, left + image_size, top + image_size))
 
 
-def _to_tensor(image):
+def to_tensor(image):
     """A PIL image or uint8 (H, W, C) array to float (C, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 

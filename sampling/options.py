@@ -196,7 +196,7 @@ def check_sampling_options(options, process):
 
 
 def add_checkpoint_arguments(parser, default_vae="mse"):
-    """--ckpt, what it must hold, --vae and --weights. default_vae: as Plan's."""
+    """--ckpt, what it must hold, --vae and --weights. default_vae: as CheckpointSpec's."""
     # fmt: off
     parser.add_argument("--ckpt", default=None, metavar="FILE",
                         help="checkpoint: of train.py, weights as .pt or .safetensors, or a diffusers folder"

@@ -58,7 +58,7 @@ def _run(argv, output, environment, before, command):
     launch(module.main, module.build_parser())
 
 
-def finish(*processes, timeout=120):
+def finish(*processes, timeout=300):
     """Wait for processes and return their exit codes."""
     for process in processes:
         process.join(timeout)

@@ -526,8 +526,9 @@ def finish_torchrun(*runs, timeout=300):
         printed = "".join(run.communicate(timeout=timeout)[0] for run in runs)
     finally:
         for run in runs:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)
+            for pid in [*workers(run), run.pid] if run.poll() is None else ():
+                with contextlib.suppress(OSError):  # ended since
+                    os.kill(pid, signal.SIGKILL)
     assert {run.returncode for run in runs} == {0}, printed
     return printed
 

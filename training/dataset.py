@@ -22,12 +22,12 @@ from runtime.cli import UserError
 from runtime.distributed import ALONE, HOLD_OUT, ORDER, generator_for
 from runtime.image_io import (
     IMG_EXTENSIONS,
-    _to_tensor,
     center_crop_arr,
     is_image,
     is_visible,
     open_image,
     share_to_check,
+    to_tensor,
 )
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits.npz"
@@ -53,7 +53,7 @@ class FolderImages(Dataset):
         path, label = self.samples[index]
         with open_image(path) as image:
             image = center_crop_arr(image.convert("RGB"), self.image_size)
-        image = _to_tensor(image)
+        image = to_tensor(image)
         return image.flip(-1) if mirrored else image, label
 
     @cached_property
@@ -219,7 +219,7 @@ class ArrayImages(Dataset):
 
     def __getitem__(self, key):
         index, mirrored = key
-        image = _to_tensor(self.images[index]) if self._is_uint8 else torch.from_numpy(self.images[index])
+        image = to_tensor(self.images[index]) if self._is_uint8 else torch.from_numpy(self.images[index])
         return image.flip(-1) if mirrored else image, int(self.labels[index])
 
     @cached_property
@@ -323,7 +323,8 @@ DATASETS = ("folder", "digits", "cifar10")
 def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False, dist=ALONE):
     """The data set that --dataset, --data-path and --image-size (pixels) name, checked; raises UserError.
 
-    dry_run: download nothing. skip_bad_images: some of them may be damaged. processes: all of them call it.
+    dry_run: download nothing. skip_bad_images: some of them may be damaged. dist: the processes, which all
+    call it.
     """
     if name == "folder":
         if not data_path:
