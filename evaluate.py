@@ -43,7 +43,7 @@ from evaluation.inception import (
     share_of,
 )
 from evaluation.metrics import NEIGHBOUR, SCORE_CHUNK, frechet_distance, inception_score, precision_recall
-from runtime.cli import Parser, UserError, atomic_write, blame, launch
+from runtime.cli import Parser, UserError, atomic_write, blame, int_at_least, launch
 from runtime.distributed import init_distributed
 
 __all__ = ["frechet_distance", "inception_score", "precision_recall"]
@@ -320,10 +320,6 @@ def out_path(samples):
 
 def check_options(args):
     """Raise UserError for options that cannot be, or not together, before any work."""
-    for name, least in dict(batch_size=1, num_workers=0, stats_images=0, image_size=1).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     for side, path in (("REF", args.reference), ("SAMPLES", args.samples)):
         if path is not None and not os.path.exists(path):
             raise UserError(f"{side} {path}: no such file or folder")
@@ -365,18 +361,18 @@ def build_parser():
                         " (default: SAMPLES.evaluation.json)")
     parser.add_argument("--save-stats", default=None, metavar="FILE",
                         help="write REF's statistics there, an .npz in ADM's format, instead (default: none)")
-    parser.add_argument("--stats-images", type=int, default=10_000, metavar="N",
+    parser.add_argument("--stats-images", type=int_at_least(0), default=10_000, metavar="N",
                         help="images of REF, drawn at random, that --save-stats writes too, for precision"
                         " and recall (default: 10000)")
-    parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
+    parser.add_argument("--image-size", type=int_at_least(1), default=None, metavar="PIXELS",
                         help="side of the square that the images of REF, a folder, are cropped to"
                         " (default: as they are)")
     parser.add_argument("--half-distances", action=argparse.BooleanOptionalAction, default=True,
                         help="round the distances of precision and recall to float16, as ADM does; off"
                         " for the definition, in float32 (default: on)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES",
+    parser.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="IMAGES",
                         help="images at a time in each process (default: 64)")
-    parser.add_argument("--num-workers", type=int, default=None, metavar="N",
+    parser.add_argument("--num-workers", type=int_at_least(0), default=None, metavar="N",
                         help="processes that read a folder, for each process (default: 4, or the number of"
                         " CPU cores if that is less)")
     add_inception_arguments(parser)

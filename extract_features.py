@@ -29,7 +29,7 @@ import torch
 from tqdm.auto import tqdm
 
 from runtime.autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from runtime.cli import Parser, UserError, atomic_write, create_logger, launch
+from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch
 from runtime.distributed import add_precision_argument, init_distributed, set_precision
 from runtime.image_io import check_folder
 from training.dataset import ReadableDataset, make_loader, open_dataset
@@ -39,11 +39,6 @@ from training.latent_cache import MANIFEST
 def main(args):
     """Encode a folder of images once, so that training need not."""
     # Check the options, and open the data:
-    for name in ("image_size", "per_proc_batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.num_workers < 0:
-        raise UserError(f"--num-workers {args.num_workers}: must be 0 or more")
     if args.precision == "bf16":
         raise UserError("--precision bf16: latents are kept more exactly than that; give tf32 or fp32")
     if args.vae == "none":
@@ -286,12 +281,12 @@ def build_parser():
                         help="images, one subfolder a class or all in one (default: none)")
     parser.add_argument("--features-path", default="features", metavar="FOLDER",
                         help="where the cache is written (default: features)")
-    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
+    parser.add_argument("--image-size", type=int_at_least(1), default=256, metavar="PIXELS",
                         help="side of the square that images are cropped to (default: 256)")
     add_vae_argument(parser, default="ema", pixels="")
-    parser.add_argument("--per-proc-batch-size", type=int, default=32, metavar="IMAGES",
+    parser.add_argument("--per-proc-batch-size", type=int_at_least(1), default=32, metavar="IMAGES",
                         help="images encoded at a time by each process (default: 32)")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N",
+    parser.add_argument("--num-workers", type=int_at_least(0), default=4, metavar="N",
                         help="processes that read images, for each encoding process (default: 4)")
     add_precision_argument(parser)
     parser.add_argument("--dry-run", action="store_true",

@@ -15,7 +15,7 @@ from itertools import cycle, islice
 
 from checkpointing.published import published_checkpoint
 from runtime.class_names import class_names, resolve_labels
-from runtime.cli import Parser, UserError, launch
+from runtime.cli import Parser, UserError, int_at_least, launch, seed_number
 from runtime.distributed import init_distributed, set_precision
 from runtime.image_io import check_folder, is_image, make_folder, save_gif, save_grid, save_image, to_uint8
 from sampler import CheckpointSpec
@@ -37,11 +37,6 @@ PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 def main(args):
     """Sample images into sample.png."""
     # Check the options:
-    for seed in args.seed:
-        if not 0 <= seed < 2**63:
-            raise UserError(f"--seed {seed}: must be 0 or more, below 2^63")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples}: must be at least 1")
     check_cuda_graphs(args.cuda_graphs)
     options = sampling_options(args)
     if args.ckpt is None:
@@ -151,9 +146,9 @@ def build_parser():
                         help="classes to draw, one image each: numbers, or names of the data's or ImageNet's"
                         " classes, as \"golden retriever\""
                         " (default: the published eight for ImageNet, else the first eight)")
-    parser.add_argument("--num-samples", type=int, default=None, metavar="N",
+    parser.add_argument("--num-samples", type=int_at_least(1), default=None, metavar="N",
                         help="images; the labels take turns (default: one a label, or 8)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="SEED",
+    parser.add_argument("--seed", type=seed_number, nargs="+", default=[0], metavar="SEED",
                         help="of the first image, from which the next ones count on; or of each (default: 0)")
     parser.add_argument("--published-draws", action="store_true",
                         help="draw noise as the published script does, from one generator: the same"

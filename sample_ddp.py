@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from checkpointing import files as checkpoints
 from checkpointing.published import find_local, published_checkpoint
 from runtime.autoencoder import PUBLISHED_VAES, resolve_vae
-from runtime.cli import Parser, UserError, atomic_write, create_logger, launch
+from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch, seed_number
 from runtime.distributed import init_distributed, set_precision
 from runtime.image_io import check_folder, make_folder, save_image, to_uint8
 from sampler import CheckpointSpec
@@ -44,11 +44,6 @@ PENDING = 2  # batches that may wait for the disk while the next one is sampled
 def main(args):
     """Sample --num-fid-samples images into an .npz."""
     # Check the options:
-    for name in ("num_fid_samples", "per_proc_batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.global_seed < 2**63:
-        raise UserError(f"--global-seed {args.global_seed}: must be 0 or more, below 2^63")
     if not args.tf32 and args.precision not in (None, "fp32"):
         raise UserError(f"--no-tf32: contradicts --precision {args.precision}; leave one out")
     check_cuda_graphs(args.cuda_graphs)
@@ -254,11 +249,11 @@ def build_parser():
     # fmt: off
     parser = Parser(description=__doc__)
     add_checkpoint_arguments(parser, DEFAULT_VAE)
-    parser.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N",
+    parser.add_argument("--num-fid-samples", type=int_at_least(1), default=50_000, metavar="N",
                         help="images (default: 50000)")
     parser.add_argument("--labels", choices=("random", "balanced"), default="random",
                         help="classes drawn at random, or taking turns (default: random)")
-    parser.add_argument("--global-seed", type=int, default=0, metavar="SEED",
+    parser.add_argument("--global-seed", type=seed_number, default=0, metavar="SEED",
                         help="of the first image, from which the next ones count on: 50000 gives a second set"
                         " that shares none (default: 0)")
     group = parser.add_argument_group("sampling")
@@ -271,7 +266,7 @@ def build_parser():
                        help="write every image as a PNG too; once the .npz is complete they may go, and"
                        " are not made again (default: on)")
     group = parser.add_argument_group("speed")
-    group.add_argument("--per-proc-batch-size", type=int, default=32, metavar="IMAGES",
+    group.add_argument("--per-proc-batch-size", type=int_at_least(1), default=32, metavar="IMAGES",
                        help="images at a time on each process (default: 32)")
     add_speed_arguments(group)
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,

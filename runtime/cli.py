@@ -181,33 +181,39 @@ class Parser(argparse.ArgumentParser):
 
 def int_at_least(low, multiple_of=1):
     """An argparse type: whole numbers of at least low that are multiples of multiple_of."""
-
-    def parse(text):
-        value = int(text)
-        if value < low:
-            least = f"at least {low}" if low else "0 or more"
-            raise argparse.ArgumentTypeError(f"{value}: must be {least}")
-        if value % multiple_of:
-            raise argparse.ArgumentTypeError(f"{value}: must be a multiple of {multiple_of}")
-        return value
-
-    parse.__name__ = "int"  # argparse's name for it where text is no number
-    return parse
+    least = f"at least {low}" if low else "0 or more"
+    multiple = f"a multiple of {multiple_of}"
+    return _checked(int, {least: lambda value: value >= low, multiple: lambda value: not value % multiple_of})
 
 
 def float_above(low):
     """An argparse type: finite numbers above low."""
+    return _checked(float, {f"more than {low}": lambda value: value > low, "finite": math.isfinite})
+
+
+def float_at_least(low):
+    """An argparse type: finite numbers of at least low."""
+    least = f"at least {low}" if low else "0 or more"
+    return _checked(float, {least: lambda value: value >= low, "finite": math.isfinite})
+
+
+def _checked(kind, rules):
+    """An argparse type: int or float, with {what a value must be: whether it is} to hold in this order."""
 
     def parse(text):
-        value = float(text)
-        if not value > low:
-            raise argparse.ArgumentTypeError(f"{value}: must be more than {low}")
-        if math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{value}: must be finite")
+        value = kind(text)
+        for what, holds in rules.items():
+            if not holds(value):
+                raise argparse.ArgumentTypeError(f"{value}: must be {what}")
         return value
 
-    parse.__name__ = "float"
+    parse.__name__ = kind.__name__  # argparse's name for it where text is no number
     return parse
+
+
+# Argparse types of shares, decay rates and seeds:
+fraction = _checked(float, {"in [0, 1)": lambda value: 0 <= value < 1})
+seed_number = _checked(int, {"0 or more, below 2^63": lambda value: 0 <= value < 2**63})
 
 
 def launch(main, parser):

@@ -10,7 +10,7 @@ import torch
 from diffusion import SAMPLERS, SCHEDULES, Guidance
 from models import DiT_models, null_label
 from runtime.autoencoder import add_vae_argument
-from runtime.cli import UserError, blame
+from runtime.cli import UserError, blame, int_at_least
 from runtime.distributed import add_precision_argument
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
@@ -203,10 +203,10 @@ def add_checkpoint_arguments(parser, default_vae="mse"):
                         " (default: the published DiT-XL/2 of --image-size)")
     parser.add_argument("--model", choices=list(DiT_models), default=None,
                         help="what the checkpoint must hold (default: what it holds)")
-    parser.add_argument("--image-size", type=int, default=None, metavar="PIXELS",
+    parser.add_argument("--image-size", type=int_at_least(1), default=None, metavar="PIXELS",
                         help="side of the images, which the checkpoint must be for"
                         " (default: the checkpoint's, or 256 for published weights)")
-    parser.add_argument("--num-classes", type=int, default=None, metavar="N",
+    parser.add_argument("--num-classes", type=int_at_least(0), default=None, metavar="N",
                         help="classes, which the checkpoint must have (default: the checkpoint's)")
     add_vae_argument(parser, default=None, unnamed=default_vae)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",

@@ -12,7 +12,16 @@ import torch
 from conftest import ROOT
 
 from runtime import cli, distributed
-from runtime.cli import UserError, atomic_write, blame, float_above, int_at_least
+from runtime.cli import (
+    UserError,
+    atomic_write,
+    blame,
+    float_above,
+    float_at_least,
+    fraction,
+    int_at_least,
+    seed_number,
+)
 from runtime.distributed import derive_seed, generator_for
 from runtime.image_io import make_folder
 
@@ -107,6 +116,11 @@ def test_blame_names_the_flag():
         ("--rate nan", "--rate nan: must be more than 0"),
         ("--rate inf", "--rate inf: must be finite"),
         ("--rate fast", "argument --rate: invalid float value: 'fast'"),
+        ("--decay -0.1", "--decay -0.1: must be 0 or more"),
+        ("--decay nan", "--decay nan: must be 0 or more"),
+        ("--share 1", "--share 1.0: must be in [0, 1)"),
+        ("--share nan", "--share nan: must be in [0, 1)"),
+        (f"--seed {2**63}", f"--seed {2**63}: must be 0 or more, below 2^63"),
     ],
 )
 def test_ranges_of_options(capsys, argv, message):
@@ -115,8 +129,13 @@ def test_ranges_of_options(capsys, argv, message):
     parser.add_argument("--workers", type=int_at_least(0))
     parser.add_argument("--side", type=int_at_least(64, multiple_of=64))
     parser.add_argument("--rate", type=float_above(0))
-    good = parser.parse_args("--n 1 2 --workers 0 --side 128 --rate 1e-9".split())
-    assert vars(good) == dict(n=[1, 2], workers=0, side=128, rate=1e-9)
+    parser.add_argument("--decay", type=float_at_least(0))
+    parser.add_argument("--share", type=fraction)
+    parser.add_argument("--seed", type=seed_number)
+    given = f"--n 1 2 --workers 0 --side 128 --rate 1e-9 --decay 0 --share 0.9 --seed {2**63 - 1}"
+    good = vars(parser.parse_args(given.split()))
+    expected = dict(n=[1, 2], workers=0, side=128, rate=1e-9, decay=0, share=0.9, seed=2**63 - 1)
+    assert good == expected
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args(argv.split())
     assert stopped.value.code == 2 and capsys.readouterr().err == f"prog: error: {message}\n"
