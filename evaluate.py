@@ -18,7 +18,6 @@ From Python: frechet_distance, inception_score and precision_recall take arrays 
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -43,7 +42,7 @@ from evaluation.inception import (
     share_of,
 )
 from evaluation.metrics import NEIGHBOUR, SCORE_CHUNK, frechet_distance, inception_score, precision_recall
-from runtime.cli import Parser, UserError, atomic_write, blame, int_at_least, launch
+from runtime.cli import Parser, UserError, atomic_write, int_at_least, launch, user_errors
 from runtime.distributed import init_distributed
 
 __all__ = ["frechet_distance", "inception_score", "precision_recall"]
@@ -53,6 +52,7 @@ METRICS = {
     "is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
 }  # fmt: skip
 FRECHET = dict(fid="pooled", sfid="spatial")  # and the features whose moments they compare
+UNWRITTEN = "could not be written"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pillow")
 
 
@@ -189,7 +189,7 @@ def compare(metrics, reference, samples, network, half=True):
             numbers[metric] = float(np.mean(scores))
         elif metric in FRECHET:
             kind = FRECHET[metric]
-            with blame(f"{reference.path} against {samples.path}"):
+            with user_errors(f"{reference.path} against {samples.path}"):
                 numbers[metric] = frechet_distance(*reference.moments(kind), *samples.moments(kind))
     if {"precision", "recall"} & set(metrics):
         both = precision_recall(
@@ -245,7 +245,7 @@ def report(numbers, reference, samples, network, args, dist):
         reference=describe_side(reference), samples=describe_side(samples),
         settings=describe_settings(args, network, dist),
     )  # fmt: skip
-    with refusing("--out", path), atomic_write(path) as file:
+    with user_errors(f"--out {path}", UNWRITTEN, OSError), atomic_write(path) as file:
         json.dump(record, file, indent=1)
     print(f"Saved {path}")
 
@@ -291,22 +291,13 @@ def save_statistics(args, reference, network):
         for kind, names in STATISTICS.items()
         for name, value in zip(names, reference.moments(kind))
     }
-    with refusing("--save-stats", args.save_stats):
+    with user_errors(f"--save-stats {args.save_stats}", UNWRITTEN, OSError):
         write_reference(
             args.save_stats, images, chosen, **arrays, count=images.count, inception_sha256=network.sha256
         )
     if not network.is_published:
         print("Warning: of other Inception weights; good only for numbers computed with the same")
     print(f"Saved {args.save_stats}: statistics of {images.count:,} images, and {count:,} of them")
-
-
-@contextlib.contextmanager
-def refusing(flag, path):
-    """Turn a failure to write into a UserError that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path}: could not be written ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------

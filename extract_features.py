@@ -16,7 +16,6 @@ whatever the number of processes.
         labels-00000.npy     int64 (images,)
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -29,11 +28,13 @@ import torch
 from tqdm.auto import tqdm
 
 from runtime.autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch
+from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch, user_errors
 from runtime.distributed import add_precision_argument, init_distributed, set_precision
 from runtime.image_io import check_folder
 from training.dataset import ReadableDataset, make_loader, open_dataset
 from training.latent_cache import MANIFEST
+
+UNWRITTEN = "could not be written to; make room and run the same command again"
 
 
 def main(args):
@@ -129,7 +130,7 @@ def begin(folder, manifest):
 
     Raises UserError where it holds another.
     """
-    try:
+    with user_errors(f"--features-path {folder}", "cannot be written to", OSError):
         os.makedirs(folder, exist_ok=True)
         found = read_cache(folder, manifest)
         if found is None:
@@ -140,8 +141,6 @@ def begin(folder, manifest):
                 if name.startswith("shard-") or name.endswith(".tmp"):
                     os.remove(os.path.join(folder, name))
         return found is not None and found["complete"]
-    except OSError as error:
-        raise UserError(f"--features-path {folder}: cannot be written to ({error.strerror})") from error
 
 
 def read_cache(folder, manifest):
@@ -150,11 +149,8 @@ def read_cache(folder, manifest):
     path = os.path.join(folder, MANIFEST)
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        try:
-            found = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: cannot be read; remove the folder and extract again") from error
+    with open(path) as file, user_errors(path, "cannot be read; remove the folder and extract again"):
+        found = json.load(file)
     for name in manifest.keys() - {"complete"}:
         if found.get(name) != manifest[name]:
             raise UserError(
@@ -211,7 +207,7 @@ def encode_shards(shards, dataset, autoencoder, manifest, args, dist):
 def finish_shard(folder, shard, moments, labels, autoencoder):
     """Write a shard's files, and the note that says they are whole."""
     note = dict(moments=f"moments-{shard:05d}.npy", labels=f"labels-{shard:05d}.npy", count=len(labels))
-    with refusing(folder):
+    with user_errors(f"--features-path {folder}", UNWRITTEN, OSError):
         for kind, values in (("labels", labels), ("moments", moments)):
             path = os.path.join(folder, note[kind])
             with atomic_write(path, "wb") as file:
@@ -226,18 +222,6 @@ def finish_shard(folder, shard, moments, labels, autoencoder):
             note["square"] += float((mean**2 + np.exp(logvar) * autoencoder.scale**2).sum())
         with atomic_write(note_path(folder, shard)) as file:
             json.dump(note, file)
-
-
-@contextlib.contextmanager
-def refusing(folder):
-    """Turn a full disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--features-path {folder}: could not be written to ({error.strerror}); make room and run the"
-            " same command again"
-        ) from error
 
 
 def note_path(folder, shard):
@@ -266,7 +250,7 @@ def complete(folder, manifest, shards):
     n, total, square = (math.fsum(note.pop(name) for note in notes) for name in ("values", "sum", "square"))
     mean = total / n
     manifest["latents"] = dict(mean=mean, std=math.sqrt(square / n - mean**2))
-    with refusing(folder):
+    with user_errors(f"--features-path {folder}", UNWRITTEN, OSError):
         with atomic_write(os.path.join(folder, MANIFEST)) as file:
             json.dump(dict(manifest, complete=True, shards=notes), file, indent=1)
         for shard in shards:

@@ -15,7 +15,7 @@ from itertools import cycle, islice
 
 from checkpointing.published import published_checkpoint
 from runtime.class_names import class_names, resolve_labels
-from runtime.cli import Parser, UserError, int_at_least, launch, seed_number
+from runtime.cli import Parser, UserError, int_at_least, launch, seed_number, user_errors
 from runtime.distributed import init_distributed, set_precision
 from runtime.image_io import check_folder, is_image, make_folder, save_gif, save_grid, save_image, to_uint8
 from sampler import CheckpointSpec
@@ -79,7 +79,7 @@ def main(args):
     )  # fmt: skip
     if args.published_draws:  # all from the first one's stream
         seeds = [seeds[0]] * count
-    try:
+    with user_errors("sample.png", "could not be written; make room", OSError):
         if args.gif:
             images, trajectory = images
             save_gif(trajectory, "sample.gif", nrow=4)
@@ -87,8 +87,6 @@ def main(args):
         for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds) if args.out else ()):
             label = None if isinstance(labels, int) else labels[i]
             save_image(os.path.join(args.out, file_name(i)), pixels, seed, label)
-    except OSError as error:
-        raise UserError(f"sample.png: could not be written ({error.strerror}); make room") from error
     names = class_names(sampler.model.num_classes, plan.classes)
     shown = "" if isinstance(labels, int) else f", labels {labels}"
     if not isinstance(labels, int) and names[0] != "0":

@@ -21,7 +21,16 @@ from tqdm.auto import tqdm
 from checkpointing import files as checkpoints
 from checkpointing.published import find_local, published_checkpoint
 from runtime.autoencoder import PUBLISHED_VAES, resolve_vae
-from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch, seed_number
+from runtime.cli import (
+    Parser,
+    UserError,
+    atomic_write,
+    create_logger,
+    int_at_least,
+    launch,
+    seed_number,
+    user_errors,
+)
 from runtime.distributed import init_distributed, set_precision
 from runtime.image_io import check_folder, make_folder, save_image, to_uint8
 from sampler import CheckpointSpec
@@ -102,7 +111,9 @@ def sample_batches(todo, sampler, archive, args, options, dist):
     total = sum(len(archive.rows(batch)) for batch in todo)
     pending = deque()
     bar = tqdm(total=total, desc="Sampling", unit="image", disable=not dist.is_main)
-    with ThreadPoolExecutor(max_workers=4) as pool, ThreadPoolExecutor(max_workers=1) as writer, bar:
+    remedy = "could not be written; make room and run the same command again"
+    writing = user_errors(archive.folder, remedy, OSError)
+    with writing, ThreadPoolExecutor(max_workers=4) as pool, ThreadPoolExecutor(max_workers=1) as writer, bar:
         try:
             for batch in todo:
                 rows = archive.rows(batch)
@@ -120,11 +131,6 @@ def sample_batches(todo, sampler, archive, args, options, dist):
                 bar.update(len(rows))
             while pending:
                 pending.popleft().result()
-        except OSError as error:
-            raise UserError(
-                f"{archive.folder}: could not be written ({error.strerror}); make room and run the same"
-                " command again"
-            ) from error
         finally:
             for job in pending:  # which may still be writing
                 job.cancel() or job.exception()
@@ -185,11 +191,9 @@ def check_found(archive, settings):
     of draws of what it holds, or the present one."""
     path, draws = f"{archive.folder}.json", DRAWS
     if os.path.exists(path):
-        try:
-            with open(path) as file:
-                found = json.load(file)["settings"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read; remove it and its folder") from error
+        errors = (OSError, ValueError, KeyError)
+        with user_errors(path, "cannot be read; remove it and its folder", errors), open(path) as file:
+            found = json.load(file)["settings"]
         draws = found.get("draws", 1)
         if draws == 1:  # begun by an earlier version, and continued by its rule
             settings = {**settings, "draws": found.setdefault("draws", 1)}

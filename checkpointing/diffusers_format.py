@@ -18,7 +18,7 @@ import torch
 from models import DiT
 from runtime.autoencoder import load_autoencoder
 from runtime.class_names import class_names
-from runtime.cli import UserError, blame
+from runtime.cli import UserError, user_errors
 
 # What DiTTransformer2DModel must be told, or must say, to be the network of the paper:
 FIXED = dict(norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True)
@@ -98,11 +98,12 @@ def load_diffusers(folder, flag="--ckpt"):
     wrong = [name for name, value in FIXED.items() if found.get(name, value) != value]
     if wrong or "num_embeds_ada_norm" not in found:
         raise UserError(f"{flag} {folder}: not a DiT that diffusers saved ({wrong or 'no labels'})")
-    try:
+    with user_errors(
+        f"{flag} {folder}",
+        "its weights cannot be loaded",
+        (OSError, ValueError, RuntimeError, KeyError, TypeError),
+    ):
         peer = DiTTransformer2DModel.from_pretrained(part)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag} {folder}: its weights cannot be loaded ({reason})") from error
     c = peer.config
     model_config = dict(
         input_size=c.sample_size, patch_size=c.patch_size, in_channels=c.in_channels,
@@ -110,7 +111,7 @@ def load_diffusers(folder, flag="--ckpt"):
         num_heads=c.num_attention_heads, num_classes=c.num_embeds_ada_norm,
         learn_sigma=(c.out_channels or c.in_channels) == 2 * c.in_channels,
     )  # fmt: skip
-    with blame(f"{flag} {folder}"):
+    with user_errors(f"{flag} {folder}"):
         small = DiT(**{**model_config, "depth": 1})  # for its position embedding
         state = from_diffusers(peer.state_dict(), c.num_layers, small.pos_embed.detach())
         config = dict(
@@ -120,7 +121,7 @@ def load_diffusers(folder, flag="--ckpt"):
     if index:
         config["autoencoder"] = dict(vae=os.path.abspath(os.path.join(folder, "vae")))
         names = index.get("id2label") or {}
-        with blame(f"{flag} {folder}: id2label"):
+        with user_errors(f"{flag} {folder}: id2label"):
             config["data"] = dict(classes=[names[key] for key in sorted(names, key=int)])
     return state, config
 
@@ -150,11 +151,8 @@ def _process(scheduler, model):
 def _read_json(path):
     if not os.path.isfile(path):
         return {}
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged; fetch or save the folder again ({error})") from error
+    with open(path) as file, user_errors(path, "is damaged; fetch or save the folder again"):
+        return json.load(file)
 
 
 def save_diffusers(folder, state, model_config, process_config, vae, classes=None, any_classes=False):

@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 
 from models import DiT_models
-from runtime.cli import UserError
+from runtime.cli import UserError, user_errors
 
 PUBLISHED_SIZES = {"DiT-XL-2-256x256.pt": 256, "DiT-XL-2-512x512.pt": 512}  # pixels
 
@@ -71,13 +71,9 @@ def download_pipeline(name, flag="--ckpt"):
     """Fetch a diffusers pipeline by hub id, and return its folder; UserError, naming the flag."""
     from huggingface_hub import snapshot_download
 
-    try:
+    failed = "no such file or folder, and as a hub id it could not be fetched"
+    with user_errors(f"{flag} {name}", failed, Exception):  # of many kinds, down to those of the HTTP library
         return snapshot_download(name, allow_patterns=["*.json", "transformer/*", "vae/*", "scheduler/*"])
-    except Exception as error:  # of many kinds, down to those of the HTTP library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{flag} {name}: no such file or folder, and as a hub id it could not be fetched ({reason})"
-        ) from error
 
 
 def download_model(name, folder=PRETRAINED_FOLDER, url=None):
@@ -119,14 +115,10 @@ def _fetch(url, folder, name, is_complete):
     with FileLock(path + ".lock"):
         if not os.path.exists(path):
             print(f"Downloading {url} to {path}")
-            try:
+            remedy = f"could not be downloaded from {url}; check the network, or put the file at {path}"
+            with user_errors(name, remedy, (OSError, http.client.HTTPException)):
                 download_url_to_file(url, path + ".part")
                 if not is_complete(path + ".part"):
                     raise OSError("the connection ended early, or it is another file")
                 os.replace(path + ".part", path)
-            except (OSError, http.client.HTTPException) as error:
-                raise UserError(
-                    f"{name}: could not be downloaded from {url}; check the network, or put the file at"
-                    f" {path} ({error})"
-                ) from error
     return path

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.cli import UserError, atomic_write
+from runtime.cli import UserError, atomic_write, user_errors
 from runtime.image_io import IMG_EXTENSIONS, center_crop_arr, is_image, open_image, share_to_check
 
 # What np.load and zipfile raise for a file that is damaged or something else:
@@ -132,20 +132,9 @@ def _read_npy_header(file):
     return read(file)
 
 
-@contextlib.contextmanager
 def reading(path, flag):
-    """Turn what a damaged or missing file raises into a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{flag} {path}: no such file") from error
-    except DAMAGED as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(
-            f"{flag} {path}: not an .npz file, or damaged; write it again ({reason.splitlines()[0]})"
-        ) from error
+    """A context that turns what a damaged or missing .npz raises into a UserError that names it."""
+    return user_errors(f"{flag} {path}", "cannot be read as an .npz file; write it again", DAMAGED)
 
 
 def names_in(path, flag):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from checkpointing.published import INCEPTION_SHA256, INCEPTION_WEIGHTS, PRETRAINED_FOLDER, download_inception
 from evaluation.image_reader import names_in, read_arrays
 from evaluation.metrics import Moments, exact_fp32, frechet_distance
-from runtime.cli import UserError
+from runtime.cli import UserError, user_errors
 
 # What an .npz in ADM's format calls the mean and covariance of the two kinds of features:
 STATISTICS = dict(pooled=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
@@ -71,26 +71,17 @@ def load_inception(path, device, any_weights=False):
     path = path or download_inception()
     data = read_weights(path, any_weights)
     sha256 = hashlib.sha256(data).hexdigest()
-    try:
+    wrong = f"not weights of this network, the 472 tensors of {INCEPTION_WEIGHTS}"
+    # What a file of anything else raises has no common class:
+    with user_errors(f"--inception-weights {path}", wrong, Exception):
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return Inception(state, sha256, device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # what a file of anything else raises has no common class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[:2][-1].strip()[:100]
-        raise UserError(
-            f"--inception-weights {path}: not weights of this network, the 472 tensors of"
-            f" {INCEPTION_WEIGHTS} ({reason})"
-        ) from error
 
 
 def read_weights(path, any_weights=False):
     """The bytes of a file of weights; UserError where they are not the published ones, unless any_weights."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"--inception-weights {path}: cannot be read ({error.strerror})") from error
+    with user_errors(f"--inception-weights {path}", "cannot be read", OSError), open(path, "rb") as file:
+        data = file.read()
     sha256 = hashlib.sha256(data).hexdigest()
     if not any_weights and sha256 != INCEPTION_SHA256:
         raise UserError(

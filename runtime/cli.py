@@ -21,14 +21,24 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def blame(flag):
-    """Turn a ValueError inside into a UserError that names the flag: `with blame("--image-size 250"): …`."""
+def user_errors(subject, message="", errors=ValueError):
+    """Turn what goes wrong inside into a UserError of one line, "subject: message (reason)".
+
+    subject  a flag with its value, or a file
+    message  what could not be done, and the remedy; where empty, the reason itself says so
+    errors   the classes of exceptions to turn; a UserError, and a GPU's lack of memory, pass as they are
+    """
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from error
+    except errors as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"{subject}: {message} ({reason})" if message else f"{subject}: {reason}") from error
+
+
+def blame(flag):
+    return user_errors(flag)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 
-from runtime.cli import Stopped, UserError, out_of_memory, reason_of
+from runtime.cli import Stopped, UserError, out_of_memory, reason_of, user_errors
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # How long processes wait for one another: tens of minutes, since the main one may download weights meanwhile.
@@ -103,12 +103,9 @@ class Distributed:
             return
         name, host = self.broadcast(f".shared.{secrets.token_hex(8)}"), socket.gethostname()
         mark = os.path.join(folder, name)
-        with self.agreeing():
-            try:
-                if self.is_main:
-                    open(mark, "x").close()
-            except OSError as error:
-                raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
+        with self.agreeing(), user_errors(f"{flag} {folder}", "cannot be written to", OSError):
+            if self.is_main:
+                open(mark, "x").close()
         deadline = time.monotonic() + 10  # which a network's file system may take to show what is new
         while not (seen := os.path.exists(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)

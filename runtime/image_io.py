@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from runtime.cli import UserError, atomic_write
+from runtime.cli import UserError, atomic_write, user_errors
 
 
 def to_unit(x):
@@ -64,12 +64,9 @@ def _grid(images, nrow):
 
 def make_folder(path, flag):
     """Make a folder, unless it is there, that can be written to. Raises UserError, naming the flag."""
-    try:
+    with user_errors(f"{flag} {path}", "cannot be written to", OSError):
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written to ({error.strerror})") from error
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def check_folder(path, flag):
@@ -133,20 +130,11 @@ def is_image(entry):
 
 
 @contextlib.contextmanager
-def naming_file(path):
-    """Turn what Pillow's decoders raise for a damaged file, which has no common class, into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        # Pillow's own message may repeat the path:
-        reason = (str(error) or type(error).__name__).replace(repr(str(path)), "it").splitlines()[0]
-        raise UserError(f"{path}: cannot be read as an image; mend or remove it ({reason})") from error
-
-
-@contextlib.contextmanager
 def open_image(path):
     """The PIL image of a file; what goes wrong with it there is a UserError that names it."""
-    with naming_file(path), Image.open(path) as image:
+    # What Pillow's decoders raise for a damaged file has no common class:
+    reading = user_errors(path, "cannot be read as an image; mend or remove it", Exception)
+    with reading, Image.open(path) as image:
         if image.mode[0] in "IF":  # which PIL would cut off at white
             raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}; convert it")
         yield image

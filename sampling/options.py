@@ -10,7 +10,7 @@ import torch
 from diffusion import SAMPLERS, SCHEDULES, Guidance
 from models import DiT_models, null_label
 from runtime.autoencoder import add_vae_argument
-from runtime.cli import UserError, blame, int_at_least
+from runtime.cli import UserError, int_at_least, user_errors
 from runtime.distributed import add_precision_argument
 
 # How the published script samples, where neither the caller nor the checkpoint says otherwise. The published
@@ -153,10 +153,8 @@ def make_guidance(options, model_config, guide=None):
 
 def check_cuda_graphs(cuda_graphs, device=None):
     """The device to sample on, None for a GPU where there is one; UserError for --cuda-graphs without one."""
-    try:
+    with user_errors(f"device {describe_value(device)}", errors=(RuntimeError, TypeError)):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"device {describe_value(device)}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs; leave it out")
     if cuda_graphs and device.type != "cuda":
@@ -181,13 +179,13 @@ def check_sampling_options(options, process):
     if interval is not None:
         if len(interval) != 2:
             raise UserError(f"--cfg-interval {interval}: must be two noise levels")
-        with blame("--cfg-interval"):
+        with user_errors("--cfg-interval"):
             Guidance(1.0, 0, interval=tuple(interval))
-    with blame("--cfg-schedule"):
+    with user_errors("--cfg-schedule"):
         Guidance(1.0, 0, schedule=options["cfg_schedule"] or "constant")
     if sampler not in process.samplers:
         raise UserError(f"--sampler {sampler}: this model has {', '.join(process.samplers)}")
-    with blame(f"--num-sampling-steps {options['steps']}"):
+    with user_errors(f"--num-sampling-steps {options['steps']}"):
         process.count_steps(sampler, options["steps"])
 
 

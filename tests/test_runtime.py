@@ -1,5 +1,6 @@
 """runtime.py: processes, errors, seeds."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -15,12 +16,12 @@ from runtime import cli, distributed
 from runtime.cli import (
     UserError,
     atomic_write,
-    blame,
     float_above,
     float_at_least,
     fraction,
     int_at_least,
     seed_number,
+    user_errors,
 )
 from runtime.distributed import derive_seed, generator_for
 from runtime.image_io import make_folder
@@ -92,16 +93,18 @@ def test_seeds_are_well_mixed():
     assert sum(first) / 1000 == pytest.approx(0.5, abs=0.03)
 
 
-def test_blame_names_the_flag():
-    with pytest.raises(UserError, match="^--lr 5: too much$"):
-        with blame("--lr 5"):
-            raise ValueError("too much")
-    with pytest.raises(UserError, match="^mine$"):
-        with blame("--lr 5"):
-            raise UserError("mine")
-    with pytest.raises(KeyError):
-        with blame("--lr 5"):
-            raise KeyError("a bug stays a bug")
+def test_user_errors_name_flag_and_reason():
+    with pytest.raises(UserError, match="^--lr 5: too much$"), user_errors("--lr 5"):
+        raise ValueError("too much\nand more")
+    with pytest.raises(UserError, match=r"^--out x: could not be written \(No space left on device\)$"):
+        with user_errors("--out x", "could not be written", OSError):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "elsewhere")
+    with pytest.raises(UserError, match="^mine$"), user_errors("--lr 5", "wrong", Exception):
+        raise UserError("mine")
+    with pytest.raises(torch.OutOfMemoryError), user_errors("--lr 5", "wrong", Exception):
+        raise torch.OutOfMemoryError("no room")
+    with pytest.raises(KeyError), user_errors("--lr 5"):
+        raise KeyError("a bug stays a bug")
 
 
 @pytest.mark.parametrize(

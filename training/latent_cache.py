@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from runtime.cli import UserError
+from runtime.cli import UserError, user_errors
 
 MANIFEST = "manifest.json"
 
@@ -24,11 +24,9 @@ class LatentCache(Dataset):
 
     def __init__(self, folder):
         path = os.path.join(folder, MANIFEST)
-        try:
-            with open(path) as file:
-                manifest = json.load(file)
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"--feature-path {folder}: no cache of extract_features.py ({error})") from error
+        flag, errors = f"--feature-path {folder}", (OSError, ValueError)
+        with user_errors(flag, "no cache of extract_features.py", errors), open(path) as file:
+            manifest = json.load(file)
         if not manifest.get("complete"):
             raise UserError(
                 f"--feature-path {folder}: unfinished; run the same extract_features.py command again"
@@ -42,12 +40,10 @@ class LatentCache(Dataset):
         for shard, moments in zip(manifest["shards"], self.shards):
             if not os.path.exists(moments) or os.path.getsize(moments) != shard["bytes"]:
                 raise UserError(f"{moments}: missing or cut short; remove {path} and extract again")
-        try:
+        with user_errors(flag, "its labels cannot be read", errors):
             self.labels = np.concatenate(
                 [np.load(os.path.join(folder, s["labels"])) for s in manifest["shards"]]
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"--feature-path {folder}: its labels cannot be read ({error})") from error
         if len(self.labels) != self.count:
             raise UserError(f"--feature-path {folder}: {len(self.labels)} labels for {self.count} images")
         self._maps = {}
