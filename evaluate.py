@@ -1,4 +1,4 @@
-"""ADM's five numbers of generated images: Inception Score, FID, sFID, precision and recall.
+"""ADM's five numbers of generated images, Inception Score, FID, sFID, precision and recall, and KID.
 
     python evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz
     torchrun --nproc_per_node=8 evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz
@@ -13,8 +13,13 @@ A reference file of your own, of images cropped as for training:
 
     python evaluate.py /path/to/images --image-size 256 --save-stats reference.npz
 
+Distances by other networks than Inception, which need no download; none of them is a FID:
+
+    python evaluate.py reference.npz samples.npz --features pixels
+    python evaluate.py reference.npz samples.npz --features classifier --feature-weights x.safetensors
+
 The numbers are printed as ADM's suite prints them, and written with every setting to samples.evaluation.json.
-From Python: frechet_distance, inception_score and precision_recall take arrays or tensors.
+From Python: frechet_distance, kernel_distance, inception_score and precision_recall take arrays or tensors.
 """
 
 import argparse
@@ -27,30 +32,44 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from evaluation.features import FEATURES
 from evaluation.image_reader import ImageFolderReader, Images, NpzReader, names_in, write_reference
-from evaluation.inception import (
+from evaluation.inception import add_inception_arguments, name_of_count
+from evaluation.metrics import (
+    NEIGHBOUR,
+    SCORE_CHUNK,
+    SUBSET_SIZE,
+    SUBSETS,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from evaluation.statistics import (
     STATISTICS,
     Features,
-    Inception,
-    add_inception_arguments,
     check_same_weights,
     compute_features,
-    load_inception,
-    name_of_count,
+    describe_network,
     read_statistics,
-    read_weights,
     share_of,
 )
-from evaluation.metrics import NEIGHBOUR, SCORE_CHUNK, frechet_distance, inception_score, precision_recall
 from runtime.cli import Parser, UserError, atomic_write, int_at_least, launch, user_errors
 from runtime.distributed import init_distributed
 
-__all__ = ["frechet_distance", "inception_score", "precision_recall"]
+__all__ = ["frechet_distance", "inception_score", "kernel_distance", "precision_recall"]
 
-# By the names of --metrics, in ADM's order:
-METRICS = {
-    "is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
-}  # fmt: skip
+METRICS = ("is", "fid", "sfid", "kid", "precision", "recall")  # --metrics, in ADM's order
+PUBLISHED = ("is", "fid", "sfid", "precision", "recall")  # the default of Inception
+# What the numbers are called, of Inception's features and of any others':
+NAMES = dict(
+    {"is": "Inception Score"}, fid="FID", sfid="sFID", kid="KID", kid_error="KID's standard error",
+    precision="Precision", recall="Recall",
+)  # fmt: skip
+OTHER_NAMES = dict(
+    {"is": "Class score"}, fid="Fréchet distance", sfid="Spatial Fréchet distance", kid="Kernel distance",
+    kid_error="Kernel distance's standard error",
+)  # fmt: skip
 FRECHET = dict(fid="pooled", sfid="spatial")  # and the features whose moments they compare
 UNWRITTEN = "could not be written"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pillow")
@@ -62,17 +81,16 @@ def main(args):
     check_options(args)
     if args.num_workers is None:
         args.num_workers = min(4, os.cpu_count() or 1)
-    metrics = [name for name in METRICS if not args.metrics or name in args.metrics]
+    network = open_network(args)
+    metrics = choose_metrics(args, network)
     if args.save_stats:
-        reference, samples = (
-            open_side("REF", args.reference, ["fid", "sfid"], args.image_size, fresh=True),
-            None,
-        )
+        wanted = [metric for metric in FRECHET if metric in network.metrics]
+        reference = open_side("REF", args.reference, wanted, network, args.image_size, fresh=True)
+        samples = None
     else:
-        reference = open_side("REF", args.reference, [m for m in metrics if m != "is"], args.image_size)
-        samples = open_side("SAMPLES", args.samples, metrics, images_needed=True)
-    if args.inception_weights is not None:
-        read_weights(args.inception_weights, args.any_weights)
+        compared = [metric for metric in metrics if metric != "is"]
+        reference = open_side("REF", args.reference, compared, network, args.image_size)
+        samples = open_side("SAMPLES", args.samples, metrics, network, images_needed=True)
     if args.dry_run:
         for side in filter(None, (reference, samples)):
             print(side.describe())
@@ -81,10 +99,10 @@ def main(args):
 
     # Load the network:
     dist = init_distributed()
-    network = load_inception(args.inception_weights, dist.device, args.any_weights)
+    network = network.load(dist.device)
     for side in filter(None, (reference, samples)):
         if side.statistics:
-            check_same_weights(side.path, network.sha256, side.flag)
+            check_same_weights(side.path, network, side.flag)
 
     # Compute the features of both sides, every process of its share:
     for side in filter(None, (reference, samples)):
@@ -134,8 +152,42 @@ class MetricInput:
         return f"{self.flag} {self.path}: {'; '.join(filter(None, parts))}"
 
 
-def open_side(flag, path, metrics, crop=None, *, images_needed=False, fresh=False):
-    """The Side of a folder or file, with all that these metrics need of it; UserError where it lacks any.
+def open_network(args):
+    """The network of --features, checked, not on its device yet; UserError for options of another one."""
+    if args.features == "inception":
+        if args.feature_weights:
+            raise UserError(f"--feature-weights {args.feature_weights}: Inception's are --inception-weights")
+        return FEATURES["inception"](args.inception_weights, args.any_weights)
+    for flag, value in (("--inception-weights", args.inception_weights), ("--any-weights", args.any_weights)):
+        if value:
+            raise UserError(f"{flag}: of --features inception, not {args.features}; leave it out")
+    network = FEATURES[args.features](args.feature_weights)
+    if missing := network.missing():
+        raise UserError(f"--features {args.features}: {type(network).__name__} lacks {', '.join(missing)}")
+    return network
+
+
+def choose_metrics(args, network):
+    """The metrics to compute, in order; UserError for one that the network does not serve."""
+    for metric in args.metrics or ():
+        if metric not in network.metrics:
+            raise UserError(
+                f"--metrics {metric}: --features {network.name} does not serve it, only"
+                f" {', '.join(name for name in METRICS if name in network.metrics)}"
+            )
+    wanted = args.metrics or (PUBLISHED if network.name == "inception" else network.metrics)
+    return [metric for metric in METRICS if metric in wanted]
+
+
+def metric_name(metric, network):
+    """What a metric is called in what is printed and written: FID is of Inception alone."""
+    if network.name == "inception":
+        return NAMES[metric]
+    return f"{OTHER_NAMES.get(metric, NAMES[metric])} ({network.name})"
+
+
+def open_side(flag, path, metrics, network, crop=None, *, images_needed=False, fresh=False):
+    """The MetricInput of a folder or file, with all that these metrics need; UserError where it lacks any.
 
     images_needed: whether statistics alone are not enough. fresh: leave stored statistics aside.
     """
@@ -145,7 +197,7 @@ def open_side(flag, path, metrics, crop=None, *, images_needed=False, fresh=Fals
     names, statistics = set() if is_folder else names_in(path, flag), {}
     for metric, kind in FRECHET.items():
         if metric in metrics and not fresh and set(STATISTICS[kind]) <= names:
-            statistics[kind] = read_statistics(path, kind, Inception.sizes, flag)
+            statistics[kind] = read_statistics(path, kind, network, flag)
     served = [metric for metric, kind in FRECHET.items() if kind in statistics]
     left = [metric for metric in metrics if metric not in served]
     wanted = {FRECHET.get(metric, "rows") for metric in left}
@@ -187,6 +239,11 @@ def compare(metrics, reference, samples, network, half=True):
             chunks = samples.features.rows.split(SCORE_CHUNK)
             scores = [inception_score(network.logits(rows), are_logits=True) for rows in chunks]
             numbers[metric] = float(np.mean(scores))
+        elif metric == "kid":
+            rows = [side.features.rows for side in (reference, samples)]
+            size = min(SUBSET_SIZE, *map(len, rows))
+            numbers[metric], deviation = kernel_distance(*rows, subset_size=size, device=network.device)
+            numbers["kid_error"] = deviation / SUBSETS**0.5
         elif metric in FRECHET:
             kind = FRECHET[metric]
             with user_errors(f"{reference.path} against {samples.path}"):
@@ -202,7 +259,7 @@ def compare(metrics, reference, samples, network, half=True):
 def find_warnings(numbers, reference, samples, network):
     """What the reader of the numbers should know, a line each."""
     doubts = []
-    if not network.is_published:
+    if network.name == "inception" and not network.is_published:
         doubts.append(
             f"not comparable to published numbers: other Inception weights, of sha256 {network.sha256[:16]}…"
         )
@@ -220,6 +277,11 @@ def find_warnings(numbers, reference, samples, network):
                 f" {network.sizes[few[0]]:,} dimensions of their features, which raises Fréchet distances;"
                 " compare them at the same number of images only"
             )
+    if "kid" in numbers and min(reference.images.count, samples.images.count) < SUBSET_SIZE:
+        doubts.append(
+            f"fewer than {SUBSET_SIZE:,} images on a side: its subsets are all of the smaller one's, and the"
+            " standard error too small"
+        )
     if samples.statistics:
         doubts.append(f"SAMPLES {samples.path}: the statistics stored in it were used, as ADM's suite does")
     if reference.images and reference.images.size != samples.images.size:
@@ -231,18 +293,19 @@ def find_warnings(numbers, reference, samples, network):
 def report(numbers, reference, samples, network, args, dist):
     """Print the numbers as ADM's suite does, and write them with every setting to a JSON file."""
     doubts = find_warnings(numbers, reference, samples, network)
-    name = f"FID-{name_of_count(samples.images.count)}"
+    distance, is_inception = metric_name("fid", network), network.name == "inception"
+    name = f"{distance}-{name_of_count(samples.images.count)}"
     print(reference.describe())
-    print(f"{samples.describe()}" + (f"; FID is {name}" if "fid" in numbers else ""))
+    print(f"{samples.describe()}" + (f"; {distance} is {name}" if "fid" in numbers else ""))
     for doubt in doubts:
         print(f"Warning: {doubt}")
-    for metric, value in numbers.items():
-        print(f"{METRICS[metric]}: {value}")
+    named = {metric_name(metric, network): value for metric, value in numbers.items()}
+    for metric, value in named.items():
+        print(f"{metric}: {value}")
     path = args.out or out_path(args.samples)
     record = dict(
-        name=name, comparable_to_published=network.is_published,
-        metrics={METRICS[metric]: value for metric, value in numbers.items()}, warnings=doubts,
-        reference=describe_side(reference), samples=describe_side(samples),
+        name=name, comparable_to_published=is_inception and network.is_published, metrics=named,
+        warnings=doubts, reference=describe_side(reference), samples=describe_side(samples),
         settings=describe_settings(args, network, dist),
     )  # fmt: skip
     with user_errors(f"--out {path}", UNWRITTEN, OSError), atomic_write(path) as file:
@@ -266,13 +329,20 @@ def describe_side(side):
 def describe_settings(args, network, dist):
     """How the numbers were computed, as plain data."""
     device = dist.device
+    if network.name == "inception":
+        weights = dict(
+            inception_weights=dict(
+                file=args.inception_weights, sha256=network.sha256, published=network.is_published
+            ),
+            resize="TensorFlow 1 bilinear to 299x299, no antialiasing",
+        )
+    else:
+        weights = dict(feature_weights=dict(file=args.feature_weights, sha256=network.sha256))
     return dict(
-        inception_weights=dict(
-            file=args.inception_weights, sha256=network.sha256, published=network.is_published
-        ),
-        resize="TensorFlow 1 bilinear to 299x299, no antialiasing",
+        network=network.name, **weights,
         features="float32, tf32 off", statistics="float64", fid="eigh and singular values, float64",
         distances="float16" if args.half_distances else "float32", k=NEIGHBOUR,
+        kid=f"{SUBSETS} subsets of {SUBSET_SIZE} or all, float64",
         inception_score=f"mean over chunks of {SCORE_CHUNK} in file order",
         image_size=args.image_size, batch_size=args.batch_size, processes=dist.world_size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -289,13 +359,14 @@ def save_statistics(args, reference, network):
     arrays = {
         name: value.numpy()
         for kind, names in STATISTICS.items()
+        if kind in network.sizes
         for name, value in zip(names, reference.moments(kind))
     }
     with user_errors(f"--save-stats {args.save_stats}", UNWRITTEN, OSError):
         write_reference(
-            args.save_stats, images, chosen, **arrays, count=images.count, inception_sha256=network.sha256
+            args.save_stats, images, chosen, **arrays, count=images.count, **describe_network(network)
         )
-    if not network.is_published:
+    if network.name == "inception" and not network.is_published:
         print("Warning: of other Inception weights; good only for numbers computed with the same")
     print(f"Saved {args.save_stats}: statistics of {images.count:,} images, and {count:,} of them")
 
@@ -345,8 +416,14 @@ def build_parser():
                         help="real images: an .npz in ADM's format, or a folder of images")
     parser.add_argument("samples", nargs="?", default=None, metavar="SAMPLES",
                         help="generated images: the same; left out with --save-stats")
-    parser.add_argument("--metrics", nargs="+", choices=list(METRICS), default=None,
-                        help="which to compute (default: all five)")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=None,
+                        help="which to compute (default: ADM's five, or all that --features has)")
+    parser.add_argument("--features", choices=list(FEATURES), default="inception",
+                        help="the network whose features are compared: pixels is none at all, classifier one"
+                        " of experiments/classifier.py, mobilenet torchvision's of ImageNet"
+                        " (default: inception, the only one for FID)")
+    parser.add_argument("--feature-weights", default=None, metavar="FILE",
+                        help="its weights, for classifier and mobilenet (default: none)")
     parser.add_argument("--out", default=None, metavar="FILE",
                         help="where the numbers and settings are written"
                         " (default: SAMPLES.evaluation.json)")

@@ -1,4 +1,4 @@
-"""The Inception network of ADM's evaluation, its weights, and the features of many images.
+"""The Inception network of ADM's evaluation, its weights, and FID while a model trains.
 
 The network is torch-fidelity's, which has TensorFlow 1's resizing. Its published weights are known by their
 checksum; numbers computed with any others can be compared with one another only.
@@ -6,19 +6,14 @@ checksum; numbers computed with any others can be compared with one another only
 
 import hashlib
 import io
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from checkpointing.published import INCEPTION_SHA256, INCEPTION_WEIGHTS, PRETRAINED_FOLDER, download_inception
-from evaluation.image_reader import names_in, read_arrays
-from evaluation.metrics import Moments, exact_fp32, frechet_distance
+from evaluation.metrics import exact_fp32, frechet_distance
+from evaluation.statistics import check_same_weights, compute_features, read_statistics, share_of
 from runtime.cli import UserError, user_errors
-
-# What an .npz in ADM's format calls the mean and covariance of the two kinds of features:
-STATISTICS = dict(pooled=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
 
 
 class Inception:
@@ -28,6 +23,7 @@ class Inception:
     is_published  whether they are the weights of published numbers
     """
 
+    name = "inception"
     sizes = dict(pooled=2048, spatial=7 * 17 * 17)  # of an image's features, for FID and for sFID
 
     def __init__(self, state, sha256, device):
@@ -61,6 +57,21 @@ class Inception:
         """Of the 1,008 classes, without the biases, which ADM leaves out: (N, 2048) to (N, 1008)."""
         with exact_fp32():
             return pooled.to(self.device) @ self.network.fc.weight.T
+
+
+class InceptionFeatures:
+    """The row "inception" of --features: the network above, whose weights are read last, since they may have
+    to be fetched."""
+
+    name, metrics = "inception", ("is", "fid", "sfid", "kid", "precision", "recall")
+
+    def __init__(self, weights=None, any_weights=False):
+        if weights is not None:
+            read_weights(weights, any_weights)
+        self.weights, self.any_weights, self.sizes = weights, any_weights, Inception.sizes
+
+    def load(self, device):
+        return load_inception(self.weights, device, self.any_weights)
 
 
 def load_inception(path, device, any_weights=False):
@@ -106,95 +117,9 @@ def add_inception_arguments(parser):
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------
-# Features of many images
-
-
-@dataclass
-class Features:
-    """Of all images: features themselves and their moments, each None where not asked for.
-
-    rows     pooled (N, 2048), float32, in order; on the main process only
-    pooled   Moments of the pooled features
-    spatial  Moments of the spatial ones
-    """
-
-    rows: torch.Tensor | None = None
-    pooled: Moments | None = None
-    spatial: Moments | None = None
-
-
-def share_of(count, batch_size, dist):
-    """This process's part, (start, stop), of count images in order: whole batches, but for the last."""
-    batches = -(-count // batch_size)
-    bounds = [min(count, batches * rank // dist.world_size * batch_size)
-              for rank in (dist.rank, dist.rank + 1)]  # fmt: skip
-    return tuple(bounds)
-
-
-def compute_features(batches, share, network, dist, wanted, desc):
-    """The Features that wanted names, of the images that all processes' batches hold.
-
-    batches  this process's, uint8 (n, 3, H, W), in order
-    share    (start, stop) of them among all
-    Raises the UserError, or Stopped, of any process's batches on all of them.
-    """
-    start, stop = share
-    moments = {kind: Moments(size, dist.device) for kind, size in network.sizes.items() if kind in wanted}
-    rows = None
-    if "rows" in wanted:
-        rows = torch.empty(stop - start, network.sizes["pooled"], dtype=torch.float32, device="cpu")
-    filled = 0
-    with (
-        dist.agreeing(),
-        tqdm(total=stop - start, desc=desc, unit="image", disable=not dist.is_main) as bar,
-    ):
-        for images in batches:
-            features = dict(zip(("pooled", "spatial"), network(images)))
-            for kind in moments:
-                moments[kind].add(features[kind])
-            if rows is not None:
-                rows[filled : filled + len(images)] = features["pooled"]
-            filled += len(images)
-            bar.update(len(images))
-    for kind in moments:
-        moments[kind].merge(dist)
-    return Features(dist.join_rows(rows) if rows is not None else None, **moments)
-
-
-def read_statistics(path, kind, sizes, flag):
-    """The mean (D,) and covariance (D, D) of "pooled" or "spatial" features in an .npz, None where it has
-    none.
-
-    sizes: D by kind, as a network's. Raises UserError for other shapes, and values that are not finite.
-    """
-    names = STATISTICS[kind]
-    if not set(names) <= names_in(path, flag):
-        return None
-    arrays = read_arrays(path, names, flag)
-    for name, shape in zip(names, ((sizes[kind],), (sizes[kind],) * 2)):
-        if arrays[name].shape != shape:
-            raise UserError(f"{flag} {path}: {name} has the shape {arrays[name].shape}, expected {shape}")
-        if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
-            raise UserError(f"{flag} {path}: {name} has values that are not finite numbers")
-    return tuple(arrays[name] for name in names)
-
-
-def check_same_weights(path, sha256, flag):
-    """Raise UserError where an .npz says that its statistics were made with other weights; ADM's do not
-    say."""
-    if "inception_sha256" in names_in(path, flag):
-        made_with = str(read_arrays(path, ["inception_sha256"], flag)["inception_sha256"])
-        if made_with != sha256:
-            raise UserError(
-                f"{flag} {path}: its statistics were made with other Inception weights, of sha256"
-                f" {made_with[:16]}… rather than {sha256[:16]}…; give those, or make the file again"
-            )
-
-
 def read_fid_reference(path):
     """The mean and covariance of --fid-ref; UserError where the file has none."""
-    statistics = read_statistics(path, "pooled", Inception.sizes, "--fid-ref")
+    statistics = read_statistics(path, "pooled", Inception, "--fid-ref")
     if statistics is None:
         raise UserError(
             f"--fid-ref {path}: no statistics in it (mu, sigma); make one with evaluate.py --save-stats"
@@ -221,7 +146,7 @@ class SampleFID:
         self, reference, count, *, weights=None, any_weights=False, sampling=None, dist, batch_size=64
     ):
         self.network = load_inception(weights, dist.device, any_weights)
-        check_same_weights(reference, self.network.sha256, "--fid-ref")
+        check_same_weights(reference, self.network, "--fid-ref")
         self.reference = read_fid_reference(reference)
         self.count, self.batch_size, self.dist = count, batch_size, dist
         self.sampling = sampling

@@ -1,4 +1,5 @@
-"""The arithmetic of ADM's evaluation: Fréchet distance, Inception Score, precision and recall of features.
+"""The arithmetic of evaluation: ADM's Fréchet distance, Inception Score, precision and recall, and the kernel
+distance, of features.
 
 Nothing here knows about images or networks. Arrays and tensors are taken alike; matrices with a row a sample.
 """
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 SCORE_CHUNK = 5000  # samples of which ADM takes one Inception Score; the scores' mean is reported
 NEIGHBOUR = 3  # k of precision and recall
+SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance
 
 
 @contextlib.contextmanager
@@ -86,6 +88,51 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     trace_of_root = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root
     return max(0.0, distance.item())  # rounding may leave it below
+
+
+def mean_and_covariance(rows):
+    """What frechet_distance takes, (D,) and (D, D) in float64, of features (N, D), an array or tensor."""
+    rows = _float64(rows)
+    moments = Moments(rows.shape[1])
+    moments.add(rows)
+    return moments.mean, moments.covariance
+
+
+def kernel_distance(
+    reference_features, sample_features, subsets=SUBSETS, subset_size=SUBSET_SIZE, *, seed=0, device=None
+):
+    """The unbiased squared maximum mean discrepancy by the kernel (x·y/D + 1)³, KID where the features are
+    Inception's (Bińkowski et al., 1801.01401, eq. 4): its mean over subsets, and their standard deviation.
+
+    reference_features, sample_features   (N, D) and (M, D), arrays or tensors
+    subsets       how many pairs of subsets are drawn, without replacement inside each, from both sides
+    subset_size   rows of a subset; at most N and M
+    seed          of the draws
+    device        where to compute, in float64; None for the CPU
+    Its expectation does not depend on the number of samples, so it may be below 0. The standard deviation,
+    with the divisor `subsets`, over its root is the standard error of the mean by the choice of subsets; it
+    does not see what they have in common, since all are of the same samples.
+    Raises ValueError for shapes that do not go together, values that are not finite, and too few rows.
+    """
+    sides = [_float64(side).to(device or "cpu") for side in (reference_features, sample_features)]
+    for name, rows in zip(("reference_features", "sample_features"), sides):
+        if rows.ndim != 2 or rows.shape[1] != sides[0].shape[1]:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}; both need rows of the same length")
+        if not 2 <= subset_size <= len(rows):
+            raise ValueError(f"{name} has {len(rows)} rows; subsets have 2 up to that, not {subset_size}")
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"{name} has values that are not finite")
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        x, y = (rows[rng.choice(len(rows), subset_size, replace=False)] for rows in sides)
+        within = [(kernel.sum() - kernel.trace()) / (subset_size * (subset_size - 1))
+                  for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y))]  # fmt: skip
+        found.append((sum(within) - 2 * _cubic_kernel(x, y).mean()).item())
+    return float(np.mean(found)), float(np.std(found))
+
+
+def _cubic_kernel(u, v):
+    return (u @ v.T / u.shape[1] + 1) ** 3
 
 
 def inception_score(values, *, are_logits=None, chunk=SCORE_CHUNK):

@@ -36,7 +36,7 @@ def write_random_weights(path):
 class Tiny:
     """Stands in for Inception where only what is around it matters: features are means over the image."""
 
-    sizes = dict(pooled=6, spatial=4)
+    name, sizes = "inception", dict(pooled=6, spatial=4)
     sha256, is_published, device = "0" * 64, False, torch.device("cpu")
 
     def __call__(self, images):
@@ -51,11 +51,10 @@ class Tiny:
 
 def use_tiny():
     """Make evaluate.py and train.py of this process take the tiny network, and statistics of its size."""
-    import evaluate
     from evaluation import inception
 
     def load(path, device, any_weights=False):
         return Tiny()
 
-    inception.load_inception = evaluate.load_inception = load
+    inception.load_inception = load
     inception.Inception.sizes = Tiny.sizes

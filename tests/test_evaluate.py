@@ -18,7 +18,8 @@ from test_data import write_image
 import evaluate
 from evaluation import inception
 from evaluation.image_reader import ImageFolderReader, NpzReader
-from evaluation.inception import compute_features, load_inception, share_of
+from evaluation.inception import load_inception
+from evaluation.statistics import compute_features, share_of
 from runtime.cli import UserError, launch
 from runtime.distributed import ALONE, Distributed
 
@@ -41,8 +42,7 @@ def run(*argv):
 @pytest.fixture
 def tiny(monkeypatch):
     """evaluate.py with the tiny network."""
-    for module in (inception, evaluate):
-        monkeypatch.setattr(module, "load_inception", module.load_inception)
+    monkeypatch.setattr(inception, "load_inception", inception.load_inception)
     monkeypatch.setattr(inception.Inception, "sizes", inception.Inception.sizes)
     use_tiny()
 
@@ -412,7 +412,7 @@ def refuse(capsys, message, *argv):
 
 def test_bad_input_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_inception", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(inception, "load_inception", lambda *_: pytest.fail("work was begun"))
     np.savez("good.npz", pictures(9))
     np.savez("named.npz", images=pictures(9))
     np.savez("floats.npz", pictures(9) / 255)

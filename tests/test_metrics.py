@@ -5,7 +5,15 @@ import pytest
 import torch
 from conftest import rule
 
-from evaluation.metrics import Moments, exact_fp32, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import (
+    Moments,
+    exact_fp32,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_and_covariance,
+    precision_recall,
+)
 from runtime.distributed import Distributed
 
 
@@ -100,6 +108,61 @@ def test_streamed_moments():
     mean, covariance = moments(rows)
     np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(found.covariance, covariance, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernel distance
+
+
+def pair_by_pair(x, y):
+    """The unbiased estimate of the squared maximum mean discrepancy by its definition, a pair at a time."""
+
+    def mean(u, v, same):
+        pairs = [(i, j) for i in range(len(u)) for j in range(len(v)) if not (same and i == j)]
+        kernels = [(sum(a * b for a, b in zip(u[i], v[j])) / len(u[i]) + 1) ** 3 for i, j in pairs]
+        return sum(kernels) / len(pairs)
+
+    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+
+
+def test_kernel_distance_pair_by_pair():
+    """Of all rows, whose order does not count; and over subsets, drawn again here."""
+    x, y = random(20, 5), random(20, 5, seed=1) + 0.5
+    mean, deviation = kernel_distance(x, y, subsets=3, subset_size=20)
+    assert mean == pytest.approx(pair_by_pair(x.tolist(), y.tolist()), rel=1e-10)
+    assert deviation == pytest.approx(0, abs=1e-10)
+
+    x, y = random(30, 4), torch.from_numpy(random(25, 4, seed=1)).float()
+    mean, deviation = kernel_distance(x, y, subsets=4, subset_size=6, seed=5)
+    rng, found = np.random.default_rng(5), []
+    for _ in range(4):
+        chosen = [rows[rng.choice(len(rows), 6, replace=False)].tolist() for rows in (x, y)]
+        found.append(pair_by_pair(*chosen))
+    assert (mean, deviation) == pytest.approx((np.mean(found), np.std(found)), rel=1e-9)
+    assert kernel_distance(x, y, subsets=4, subset_size=6) != (mean, deviation)  # of another seed
+
+
+def test_kernel_distance_has_no_bias():
+    """Of two samples of one distribution it is 0 on average, however small; the biased one would be above."""
+    pairs = [[random(20, 3, seed=seed) for seed in (i, 1000 + i)] for i in range(400)]
+    found = [kernel_distance(*pair, subsets=1, subset_size=20)[0] for pair in pairs]
+    assert abs(np.mean(found)) < 4 * np.std(found) / 20 and min(found) < 0
+
+
+def test_kernel_distance_refuses_nonsense():
+    rows = random(10, 3)
+    with pytest.raises(ValueError, match="has 10 rows; subsets have 2 up to that, not 1000"):
+        kernel_distance(rows, rows)
+    with pytest.raises(ValueError, match=r"sample_features has shape \(10, 2\)"):
+        kernel_distance(rows, rows[:, :2], subset_size=5)
+    with pytest.raises(ValueError, match="sample_features has values that are not finite"):
+        kernel_distance(rows, rows * np.inf, subset_size=5)
+
+
+def test_mean_and_covariance():
+    rows = random(50, 4)
+    for found, expected in zip(mean_and_covariance(torch.from_numpy(rows)), moments(rows)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
 # ---------------------------------------------------------------------------------------------
