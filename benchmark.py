@@ -65,12 +65,13 @@ from sample_ddp import sample_batches
 from sampler import Sampler
 from sampling.npz_writer import NpzWriter
 from sampling.options import check_cuda_graphs
-from train import Trainer
+from train import train_step
 from training.dataset import DistributedBatchSampler, FolderImages, ReadableDataset, make_loader
 from training.latent_cache import LatentCache
 from training.options import build_parser as build_train_parser
-from training.options import process_config
+from training.resolve import process_config
 from training.run_log import memory_gib, restart_peak_memory
+from training.state import TrainingState
 
 MODES = ("train", "sample", "encode", "decode", "latents", "images", "write", "features")
 WITHOUT_DIT = MODES[2:]  # whose speed does not depend on --model
@@ -98,7 +99,7 @@ class Workload:
 
     run: Callable  # run(steps) does so many steps, without waiting for a GPU to finish them
     flops: int | None = None  # of an image in a step, two a multiply-add; None where that is not what it does
-    subject: object = None  # the Trainer, Sampler or model that it runs
+    subject: object = None  # the TrainingState, Sampler or model that it runs
     close: Callable = lambda: None  # ends what it started, and removes its files
 
 
@@ -333,15 +334,15 @@ def training(config, dist):
     """A step of train.py on cached latents: forward, backward, optimizer, EMA."""
     args = build_train_parser().parse_args(["--model", config.model, "--feature-path", "random"])
     vars(args).update(vars(config), num_classes=NUM_CLASSES, global_batch_size=config.batch * dist.world_size)
-    model, vae = build_dit(config, dist.device).train(), VAE("random weights", VAE_CONFIG)
-    trainer = Trainer(args, model, create_process(process_config(args)), vae, dist)
+    model, vae = build_dit(config, dist.device), VAE("random weights", VAE_CONFIG)
+    state = TrainingState(args, model, create_process(process_config(args)), dist)
     batch = random_batch(config, dist.device)
 
     def run(steps):
-        for step in range(1, steps + 1):
-            trainer.step(step, *batch)
+        for _ in range(steps):
+            train_step(state, *batch, args, vae.sample_posterior)
 
-    return Workload(run, 6 * count_macs(model), trainer)
+    return Workload(run, 6 * count_macs(model), state)
 
 
 def published_training(config, dist, online=False):
@@ -353,7 +354,7 @@ def published_training(config, dist, online=False):
     network = DistributedDataParallel(model) if dist.world_size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     vae = build_vae(dist.device) if online else VAE("random weights", VAE_CONFIG)
-    encode = vae.encode if online else vae.draw
+    encode = vae.encode if online else vae.sample_posterior
     batch = random_batch(config, dist.device, *((3, 1) if online else ()))
 
     def run(steps):

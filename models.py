@@ -509,10 +509,11 @@ class DiT(nn.Module):
         x = torch.einsum("nhwpqc->nchpwq", x)
         return x.reshape(x.shape[0], self.out_channels, rows * p, columns * p)
 
-    def forward(self, x, t, y=None, force_drop_ids=None):
+    def forward(self, x, t, y=None, force_drop_ids=None, features_of=None):
         """Predict from x (N, C, H, W) at times t (N,) with labels y (N,): (N, 2C or C, H, W).
 
         force_drop_ids (N,): rows whose label is dropped; None lets a model in training draw them itself.
+        features_of: number of a block, from 1, whose output at the patches (N, T, D) is returned too.
         """
         if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
             raise ValueError(
@@ -527,15 +528,18 @@ class DiT(nn.Module):
         x, c = self.condition(x, embeddings)
         # With weights stored as bfloat16 the blocks run in it; otherwise these change nothing:
         x, c_blocks = x.to(self.block_dtype), c.to(self.block_dtype)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, c_blocks, use_reentrant=False)
             else:
                 x = block(x, c_blocks)
+            if number == features_of:
+                features = x[:, : self.x_embedder.num_patches]
         with disable_autocast(x):
             # Drop register and condition tokens, which stand after the patches:
             x = self.final_layer(x[:, : self.x_embedder.num_patches].to(c.dtype), c)  # (N, T, p·p·C_out)
-        return self.unpatchify(x)  # (N, C_out, H, W)
+        x = self.unpatchify(x)  # (N, C_out, H, W)
+        return x if features_of is None else (x, features)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
         """Classifier-free guidance as published, on 2N rows: labels in the first half, null in the second.

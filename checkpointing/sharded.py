@@ -4,7 +4,7 @@ FSDP2 (torch.distributed.fsdp.fully_shard) gathers a block's weights just before
 writes its own shards, as safetensors, so that no checkpoint holds code:
 
     checkpoints/0050000/
-        shard-00001-….safetensors    model.*, ema.*, exp_avg.*, exp_avg_sq.*
+        shard-00001-….safetensors    model.*, ema.*, and the optimizer's state by key: exp_avg.*, exp_avg_sq.*
         plain.pt                     what a checkpoint of one file has besides
         sizes.json                   the length of every file
 
@@ -26,17 +26,18 @@ from models import DiT
 from runtime.cli import UserError
 
 PLAIN, SIZES = "plain.pt", "sizes.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# Parts of a checkpoint that are tensors by name; of the optimizer's state, those of its state by key:
+STATES = ("model", "ema", "aux_loss")
 
 
-def shard(model):
-    """Shard a model's weights over all processes, block by block, in place."""
+def shard(module, model):
+    """Shard a module's weights over all processes, those of the model in it block by block, in place."""
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:
         fully_shard(block)
     # The rest too gives its memory back after a forward pass that no backward one follows, the average's:
-    return fully_shard(model, reshard_after_forward=True)
+    return fully_shard(module, reshard_after_forward=True)
 
 
 def gather_copy(model, device):
@@ -50,38 +51,58 @@ def gather_copy(model, device):
     return copy.to(device).eval()
 
 
-def local(tensor):
+def local_shard(tensor):
     """A sharded tensor's part in this process; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A sharded tensor gathered; any other tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def collect(model, ema, optimizer):
-    """All shards of this process by name; the optimiser's moments come into being where there are none
+def optimizer_state(module, optimizer):
+    """An optimizer's state by the names of a module's parameters; made where there is none
     yet."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
-            for moment in MOMENTS:
-                state.setdefault(moment, torch.zeros_like(parameter))
-                tensors[f"{moment}.{name}"] = state[moment]
-    return tensors
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return get_optimizer_state_dict(module, optimizer)
 
 
-def save(path, model, ema, optimizer, plain, dist):
+def load_optimizer_state(module, optimizer, state):
+    """Take up what optimizer_state gave."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(module, optimizer, state)
+
+
+def _split(contents):
+    """The sharded tensors of a checkpoint's contents, {model.NAME, ema.NAME, exp_avg.NAME, …: tensor},
+    and what else it holds, plain."""
+    tensors = {f"{part}.{name}": value
+               for part in STATES for name, value in contents.get(part, {}).items()}  # fmt: skip
+    states, plain_states = contents["opt"]["state"], {}
+    for name, state in states.items():
+        tensors |= {f"{key}.{name}": value for key, value in state.items() if _is_sharded(value)}
+        plain_states[name] = {key: value for key, value in state.items() if not _is_sharded(value)}
+    plain = {name: value for name, value in contents.items() if name not in STATES}
+    return tensors, dict(plain, opt=dict(contents["opt"], state=plain_states))
+
+
+def _is_sharded(value):
+    return hasattr(value, "full_tensor")
+
+
+def save(path, contents, dist):
     """Write a folder of shards and plain data; every process calls it. It is whole, or not under its name.
 
+    contents: a training state's, its optimizer's by optimizer_state.
     Raises UserError, on every process, where it cannot be written.
     """
     import torch.distributed.checkpoint as dcp
 
     temporary = f"{path}.tmp"
+    tensors, plain = _split(contents)
 
     def begin():
         with _refusing(path):
@@ -107,7 +128,7 @@ def save(path, model, ema, optimizer, plain, dist):
     with _refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that are not used here
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
-        dcp.save(collect(model, ema, optimizer), storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer)
     dist.barrier()
     dist.on_main(end)
 
@@ -137,41 +158,65 @@ def is_complete(path):
         return False
 
 
-def restore(path, model, ema, optimizer, step):
-    """Load shards into a sharded model, its average and its optimiser, of any number of processes."""
+def load_plain(path):
+    """What a folder of shards holds beside them."""
+    return torch.load(os.path.join(path, PLAIN), map_location="cpu", weights_only=True)
+
+
+def load_into(path, contents, plain):
+    """Load shards into a training state's contents, whose tensors are its own, of any number of processes.
+
+    plain: what load_plain gave. Returns the contents of the checkpoint.
+    """
     import torch.distributed.checkpoint as dcp
 
-    tensors = collect(model, ema, optimizer)
+    tensors, _ = _split(contents)
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)
+    states = contents["opt"]["state"]
+    if "opt" in plain:
+        groups, found = plain["opt"]["param_groups"], plain["opt"]["state"]
+    else:  # of an earlier version, which knew AdamW alone
+        groups, step = contents["opt"]["param_groups"], torch.tensor(float(plain["step"]))
+        found = {name: dict(step=step.clone()) for name in states}
+    states = {name: {**state, **found.get(name, {})} for name, state in states.items()}
+    return {**contents, **plain, "opt": dict(state=states, param_groups=groups)}
 
 
 def load_whole(path, trainable):
     """Read a folder of shards in one process, as the contents of a checkpoint of one file.
 
-    trainable(config): the names of a model's trained parameters, in the order of its optimiser.
+    trainable(config): the names of a model's trained parameters, in the order of its optimizer.
     """
     import torch.distributed.checkpoint as dcp
 
-    plain = torch.load(os.path.join(path, PLAIN), map_location="cpu", weights_only=True)
+    plain = load_plain(path)
     reader = dcp.HuggingFaceStorageReader(path)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=True)
+    parts = {}
+    for name, value in tensors.items():
+        part, _, name = name.partition(".")
+        parts.setdefault(part, {})[name] = value
+    contents = {**plain, **{part: parts.pop(part) for part in STATES if part in parts}}
+    return {**contents, "opt": _by_index(plain, parts, trainable)}
 
-    def part(prefix):
-        return {
-            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-        }
 
-    step = torch.tensor(float(plain["step"]))
-    states = {
-        i: dict(step=step.clone(), **{moment: tensors[f"{moment}.{name}"] for moment in MOMENTS})
-        for i, name in enumerate(trainable(plain["config"]["model"]))
-    }
-    opt = dict(state=states, param_groups=plain["param_groups"])
-    return {**plain, "model": part("model."), "ema": part("ema."), "opt": opt}
+def _by_index(plain, parts, trainable):
+    """The state of an optimizer as its own state_dict numbers it; parts: {key: {name: tensor}}."""
+    if "opt" in plain:
+        names = [name for group in plain["opt"]["param_groups"] for name in group["params"]]
+        groups, rest = [], iter(range(len(names)))
+        for group in plain["opt"]["param_groups"]:
+            groups.append({**group, "params": [next(rest) for _ in group["params"]]})
+        found = plain["opt"]["state"]
+    else:  # of an earlier version, which knew AdamW alone
+        names, groups = trainable(plain["config"]["model"]), plain["param_groups"]
+        found = {name: dict(step=torch.tensor(float(plain["step"]))) for name in names}
+    states = {}
+    for i, name in enumerate(names):
+        tensors = {key: values[name] for key, values in parts.items() if name in values}
+        states[i] = {**found.get(name, {}), **tensors}
+    return dict(state=states, param_groups=groups)

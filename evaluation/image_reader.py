@@ -134,6 +134,8 @@ def _read_npy_header(file):
 
 def reading(path, flag):
     """A context that turns what a damaged or missing .npz raises into a UserError that names it."""
+    if not os.path.exists(path):
+        raise UserError(f"{flag} {path}: no such file")
     return user_errors(f"{flag} {path}", "cannot be read as an .npz file; write it again", DAMAGED)
 
 

@@ -83,14 +83,14 @@ class VAE:
         posteriors = [self.model.encode(part).latent_dist for part in in_parts(images)]
         return torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in posteriors])
 
-    def draw(self, moments, noise):
+    def sample_posterior(self, moments, noise):
         """Latents (N, channels, h, w) drawn from posteriors (N, 2 channels, h, w) with this noise."""
         mean, logvar = moments.chunk(2, dim=1)
         return (mean + torch.exp(0.5 * logvar) * noise - self.shift) * self.scale
 
     def encode(self, images, noise):
         """Latents (N, channels, H/factor, W/factor), drawn from each image's posterior with this noise."""
-        return self.draw(self.moments(images), noise)
+        return self.sample_posterior(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, x):

@@ -37,10 +37,6 @@ def user_errors(subject, message="", errors=ValueError):
         raise UserError(f"{subject}: {message} ({reason})" if message else f"{subject}: {reason}") from error
 
 
-def blame(flag):
-    return user_errors(flag)
-
-
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """A file to write that stands under its name only when complete and on the disk, or not at all.

@@ -163,7 +163,7 @@ def test_every_draw_is_fresh(source, cache):
     """Over many draws, latents have the mean and variance that the cache holds."""
     vae, dataset = load_autoencoder(str(source / "vae"), "cpu"), LatentCache(str(cache))
     moments = dataset[(5, False)][0]
-    draws = vae.draw(moments.expand(4000, -1, -1, -1), torch.randn(4000, 4, 4, 4)) / vae.scale
+    draws = vae.sample_posterior(moments.expand(4000, -1, -1, -1), torch.randn(4000, 4, 4, 4)) / vae.scale
     mean, logvar = moments.chunk(2)
     torch.testing.assert_close(draws.mean(0), mean, atol=0.08, rtol=0)
     torch.testing.assert_close(draws.var(0), logvar.exp(), atol=0, rtol=0.2)

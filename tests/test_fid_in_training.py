@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path, reference, monkeypatch, capsys, straight):
     import test_train
 
     monkeypatch.setattr(inception.Inception, "sizes", Tiny.sizes)
-    monkeypatch.setattr("train.init_distributed", lambda: pytest.fail("work was begun"))
+    monkeypatch.setattr("training.resolve.open_training_data", lambda *_: pytest.fail("work was begun"))
     np.savez(tmp_path / "images.npz", np.zeros((5, 8, 8, 3), np.uint8))
     for argv, message in (
         (["--fid-ref", reference, "--eval-every", 0], "digits.npz: --eval-every says how often; give both"),

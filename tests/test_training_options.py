@@ -68,9 +68,9 @@ def test_accumulated_gradients(tmp_path, plain, runs):
 
 
 def count_exchanges():
-    import train
+    from training import state
 
-    prepare = train.prepare
+    prepare = state.prepare
 
     def counting(*args):
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -83,7 +83,7 @@ def count_exchanges():
         parallel.register_comm_hook(None, hook)
         return parallel
 
-    train.prepare = counting
+    state.prepare = counting
 
 
 def test_gradients_are_exchanged_once_a_step(tmp_path):
@@ -307,24 +307,24 @@ def test_results_that_are_not_shared(tmp_path):
 
 
 def ask_to_stop_in(name):
-    """In the first call of a function of train.py, by a signal to the second process."""
-    import train
+    """In the first call of a function of training/validation.py, by a signal to the second process."""
+    from training import validation
 
-    call, calls = getattr(train, name), itertools.count()
+    call, calls = getattr(validation, name), itertools.count()
 
     def signalled(*args):
         if not next(calls) and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return call(*args)
 
-    setattr(train, name, signalled)
+    setattr(validation, name, signalled)
 
 
 def test_evaluations_and_pictures_are_cut_off(tmp_path):
     """By a signal, and made when the run continues, which ends as if undisturbed."""
     argv = [*SMALL, "--max-steps", 8, "--sample-every", 4, "--eval-every", 4]
     straight, _ = run(tmp_path / "straight", *argv, runs=start_two)
-    for name in ("evaluate", "sample_grid"):
+    for name in ("held_out_loss", "sample_grid"):
         before = functools.partial(ask_to_stop_in, name)
         folder, printed = run(tmp_path / "stopped", *argv, runs=start_two, before=before)
         assert "Stopped after step 4, saved" in printed and not os.path.exists(folder / "samples")

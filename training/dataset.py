@@ -299,7 +299,7 @@ class ReadableDataset(Dataset):
     """
 
     def __init__(self, dataset, skip):
-        self.dataset, self.skip = dataset, skip
+        self.dataset, self.skip, self.flips = dataset, skip, dataset.flips
 
     def __len__(self):
         return len(self.dataset)

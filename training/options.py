@@ -1,32 +1,22 @@
 """The settings of a training run: the options of train.py, its presets, and what they come to."""
 
 import argparse
-import os
 
-import torch
-
-from checkpointing import files as checkpoints
-from diffusion import PATHS, create_process
+from diffusion import PATHS
 from diffusion.flow_matching import PREDICTIONS
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
-from evaluation.inception import add_inception_arguments, read_fid_reference, read_weights
-from models import BLOCKS, FFNS, POS_EMBEDS, DiT, DiT_models
-from runtime.autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
-from runtime.cli import Parser, UserError, blame, is_utf8
+from evaluation.inception import add_inception_arguments
+from models import BLOCKS, FFNS, POS_EMBEDS, DiT_models
+from runtime.autoencoder import add_vae_argument
+from runtime.cli import Parser, UserError, float_above, int_at_least
 from runtime.distributed import add_precision_argument
-from runtime.flops import count_macs
 from sampling.options import (
-    DEFAULTS,
     FID_CFG_SCALE,
-    STEPS,
     add_sampling_arguments,
-    check_sampling_options,
-    sampling_options,
 )
-from training.dataset import DATASETS, held_out_count, open_dataset, require_same_data
-from training.latent_cache import LatentCache
-from training.run_dir import resolve_paths
-from training.run_log import import_wandb
+from training.aux_losses import AUX_LOSSES
+from training.dataset import DATASETS
+from training.optimizers import OPTIMIZERS
 
 # What --preset stands for; a flag given by hand wins. Behind each row: what it should give.
 # fmt: off
@@ -88,218 +78,17 @@ def check_options(args):
     _require(args, "max_steps", args.max_steps is None or args.max_steps >= 1, "must be at least 1")
     _require(args, "num_classes", args.num_classes is None or args.num_classes >= 0, "must be 0 or more")
     _require(args, "lr", args.lr > 0, "must be more than 0")
-    _require(args, "results_dir", is_utf8(args.results_dir) or not args.shard, "--shard needs a UTF-8 name")
     _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
     _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
-    check_objective(args)
-    process = create_process(process_config(args))
-    options = {**process.sampling, **{k: v for k, v in sampling_options(args).items() if v is not None}}
-    check_sampling_options({**dict.fromkeys(DEFAULTS), **options}, process)
+    _require(args, "fid_samples", args.fid_samples >= 2, "must be at least 2")
+    _require(args, "time_shift", args.time_shift > 0, "must be more than 0")
     for scale in args.sample_cfg_scales or ():
         _require(args, "sample_cfg_scales", 0 <= scale < float("inf"), "must be 0 or more; 1 is no guidance")
-    _check_fid_options(args)
-    if args.wandb:
-        import_wandb()
-
-
-def _check_fid_options(args):
-    if args.fid_ref is None:
-        if args.inception_weights or args.any_weights:
-            flag = "--inception-weights" if args.inception_weights else "--any-weights"
-            raise UserError(f"{flag}: only --fid-ref needs the Inception network; give both")
-        return
-    _require(args, "fid_ref", args.eval_every, "--eval-every says how often; give both")
-    _require(args, "fid_samples", args.fid_samples >= 2, "must be at least 2")
-    read_fid_reference(args.fid_ref)
-    if args.inception_weights:
-        read_weights(args.inception_weights, args.any_weights)
-
-
-def check_objective(args):
-    """Refuse options of the other objective, and settle --learn-sigma: a flow has no variance to learn."""
-    other = dict(
-        diffusion=("flow_path", "flow_prediction", "time_shift"),
-        flow=("noise_schedule", "learn_sigma", "sigma_small"),
-    )
-    for name in other[args.objective]:
-        if name in args.by_hand and getattr(args, name) is not False:
-            raise UserError(f"--{name.replace('_', '-')}: has no meaning with --objective {args.objective}")
-    only = dict(diffusion="loss-second-moment", flow="logit-normal")
-    if args.timestep_sampler not in ("uniform", only[args.objective]):
-        raise UserError(
-            f"--timestep-sampler {args.timestep_sampler}: --objective {args.objective} takes uniform or"
-            f" {only[args.objective]}"
-        )
-    _require(args, "time_shift", args.time_shift > 0, "must be more than 0")
-    if args.objective == "flow":
-        args.learn_sigma = False
 
 
 def _require(args, name, condition, what):
     if not condition:
         raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {what}")
-
-
-def open_training_data(args, dist):
-    """The data set of these options, of images or of cached latents; UserError where they do not go
-    together."""
-    if not args.feature_path:
-        return open_dataset(
-            args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images, dist
-        )
-    cache = LatentCache(args.feature_path)
-    if args.data_path:
-        raise UserError(f"--data-path {args.data_path}: --feature-path stands in for it; leave one out")
-    if args.image_size != cache.image_size:
-        raise UserError(
-            f"--image-size {args.image_size}: {args.feature_path} was extracted at {cache.image_size};"
-            f" give --image-size {cache.image_size}"
-        )
-    if "vae" in args.by_hand and resolve_vae(args.vae) != cache.vae["vae"]:
-        raise UserError(
-            f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
-        )
-    args.vae = cache.vae["vae"]
-    require_same_data(cache, dist, f"--feature-path {args.feature_path}")
-    return cache
-
-
-def keep_absolute(args):
-    """Make paths absolute, so that the run can be continued from another working directory."""
-    vars(args).update(resolve_paths(vars(args), os.path.abspath))
-    if args.resume not in ("auto", "never"):
-        args.resume = os.path.abspath(args.resume)
-
-
-def open_autoencoder(args, dataset, device):
-    """What encodes and decodes. From a cache, its weights are read when the first picture is to be made."""
-    if not args.feature_path:
-        return load_autoencoder(args.vae, device, dataset.channels)
-    autoencoder = VAE(args.vae, dataset.vae).to(device)
-    if args.sample_every != 0 or args.fid_ref:
-        _ = autoencoder.model  # to fail now rather than then
-    return autoencoder
-
-
-def check_data(args, dataset):
-    """Settle --num-classes by the data set, and refuse a batch larger than it."""
-    classes = len(dataset.classes)
-    if args.num_classes is None:
-        args.num_classes = classes
-    if args.num_classes > 0 and not classes:
-        raise UserError(
-            f"--num-classes {args.num_classes}: {args.feature_path or args.data_path} has no classes; give"
-            " 0 to train unconditionally, or make one subfolder a class"
-        )
-    if 0 < args.num_classes < classes:
-        raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
-    if args.num_classes == 0 or args.class_dropout_prob == 0:
-        why = "without label dropout" if args.num_classes else "in an unconditional model"
-        for name, scales in (("cfg_scale", [args.cfg_scale]), ("sample_cfg_scales", args.sample_cfg_scales)):
-            for scale in scales or () if name in args.by_hand else ():
-                _require(args, name, scale == 1, f"{why} there is nothing to guide; leave it out")
-        args.cfg_scale = 1.0
-        args.sample_cfg_scales = None
-    available = len(dataset) - (held_out_count(len(dataset)) if args.eval_every else 0)
-    if available < args.global_batch_size:
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size}: the data set has {available} images to train on,"
-            " not enough for one batch; give at most that"
-        )
-
-
-def configure_model(args, dataset):
-    """The full arguments of DiT for these options; UserError where such a model cannot be."""
-    if args.feature_path:
-        channels, factor, image_channels = dataset.vae["channels"], dataset.vae["factor"], dataset.channels
-    else:
-        channels, factor, image_channels = describe_vae(args.vae, dataset.channels)
-    if image_channels != dataset.channels:
-        raise UserError(
-            f"--vae {args.vae}: takes images of {image_channels} channels, these have {dataset.channels};"
-            " give --vae none"
-        )
-    sizes = {name: getattr(args, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
-    registered = DiT_models[args.model].keywords
-    patch_size = sizes["patch_size"] or registered["patch_size"]
-    if args.image_size % (factor * patch_size):
-        parts = f"patch {patch_size}" if factor == 1 else f"the VAE's {factor} x patch {patch_size}"
-        raise UserError(
-            f"--image-size {args.image_size}: must be divisible by {factor * patch_size} ({parts})"
-        )
-    with blame(f"--model {args.model}"), torch.device("meta"):
-        return DiT_models[args.model](
-            input_size=args.image_size // factor, in_channels=channels, num_classes=args.num_classes,
-            class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma, block=args.block,
-            ffn=args.ffn, pos_embed=args.pos_embed, registers=args.registers, qk_norm=args.qk_norm,
-            **{name: size for name, size in sizes.items() if size is not None},
-        ).config  # fmt: skip
-
-
-def given_sampling(args):
-    """How this run's checkpoints are sampled, as far as its options say."""
-    given = {name: value for name, value in sampling_options(args).items() if value is not None}
-    if "sampler" in given:
-        given.setdefault("steps", STEPS[given["sampler"]])
-    return given
-
-
-def sampling_defaults(args, cfg_scale=DEFAULTS["cfg_scale"]):
-    """The same in full, for pictures, or for FID with FID_CFG_SCALE."""
-    process = create_process(process_config(args))
-    return {**DEFAULTS, "cfg_scale": cfg_scale, **process.sampling, **given_sampling(args)}
-
-
-def process_config(args):
-    """What create_process builds the training process of these options from."""
-    if args.objective == "diffusion":
-        return dict(
-            objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma,
-            sigma_small=args.sigma_small,
-        )  # fmt: skip
-    return dict(
-        objective="flow", path=args.flow_path, prediction=args.flow_prediction, shift=args.time_shift,
-        time_sampling=args.timestep_sampler,
-    )  # fmt: skip
-
-
-def source(args):
-    """Where the training data comes from, in a word."""
-    return args.feature_path or args.data_path or args.dataset
-
-
-def describe_data(args, dataset):
-    """What a checkpoint keeps of the data that it was trained on."""
-    return dict(
-        dataset=source(args), image_size=args.image_size, classes=dataset.classes, count=len(dataset),
-        fingerprint=dataset.fingerprint,
-    )  # fmt: skip
-
-
-def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size, run, initial):
-    """What --dry-run shows. run, initial: in words, which run this would be, and its first weights."""
-    with torch.device("meta"):
-        model = DiT(**model_config)
-    parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
-    height, width = model.input_size
-    print(
-        f"model        {checkpoints.describe_model(model.config)}: {parameters:,} parameters,"
-        f" {macs / 1e9:.2f} GMACs"
-    )
-    print(
-        f"input        {height}x{width}x{model.in_channels} by {resolve_vae(args.vae)},"
-        f" of {args.image_size} pixels"
-    )
-    print(f"data         {len(dataset):,} images, {args.num_classes} classes ({source(args)})")
-    print(
-        f"training     {total:,} steps of {args.global_batch_size} on {world_size} process(es), "
-        f"{total / steps_per_epoch:.1f} epochs, {3 * 2 * macs * args.global_batch_size / 1e12:.2f}"
-        " TFLOP a step"
-    )
-    if initial:
-        print(f"weights      {initial}")
-    print(f"run          {run}")
-    print("Options are sound; nothing was written.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,15 +97,29 @@ def print_plan(args, dataset, model_config, total, steps_per_epoch, world_size, 
 
 def build_parser(description=None):
     """The command-line options."""
-    # fmt: off
     parser = PresetParser(description=description)
-    parser.add_argument("--preset", choices=list(PRESETS), default=None,
-                        help="defaults for all other options; one given by hand wins (default: none)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="check all that a start would, show the plan and which run it would begin or"
-                        " continue, write nothing (default: off)")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default=None,
+        help="defaults for all other options; one given by hand wins (default: none)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all that a start would, show the plan and which run it would begin or"
+        " continue, write nothing (default: off)",
+    )
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_training_arguments(parser.add_argument_group("training"))
+    _add_output_arguments(parser.add_argument_group("output"))
+    add_sampling_arguments(parser.add_argument_group("samples at the end, and defaults kept for sample.py"))
+    return parser
 
-    group = parser.add_argument_group("data")
+
+def _add_data_arguments(group):
+    # fmt: off
     group.add_argument("--dataset", choices=DATASETS, default="folder",
                        help="a folder of images, the embedded digits, or CIFAR-10 (default: folder)")
     group.add_argument("--data-path", default=None, metavar="FOLDER",
@@ -338,8 +141,11 @@ def build_parser(description=None):
     group.add_argument("--num-workers", type=int, default=4, metavar="N",
                        help="processes that read images, for each training process (default: 4)")
     add_vae_argument(group, default="ema")
+    # fmt: on
 
-    group = parser.add_argument_group("model")
+
+def _add_model_arguments(group):
+    # fmt: off
     group.add_argument("--model", choices=list(DiT_models), default="DiT-XL/2",
                        help="size S, B, L or XL, and side of a patch in latent pixels (default: DiT-XL/2)")
     group.add_argument("--depth", type=int, default=None, metavar="BLOCKS",
@@ -381,8 +187,11 @@ def build_parser(description=None):
                        " (default: 1)")
     group.add_argument("--noise-schedule", choices=("linear", "squaredcos_cap_v2"), default="linear",
                        help="how noise grows over the 1000 steps (default: linear)")
+    # fmt: on
 
-    group = parser.add_argument_group("training")
+
+def _add_training_arguments(group):
+    # fmt: off
     group.add_argument("--epochs", type=int, default=1400, metavar="N",
                        help="passes over the data (default: 1400)")
     group.add_argument("--max-steps", type=int, default=None, metavar="STEPS",
@@ -392,11 +201,20 @@ def build_parser(description=None):
     group.add_argument("--global-seed", type=int, default=0, metavar="SEED",
                        help="of initialisation, order and noise (default: 0)")
     group.add_argument("--lr", type=float, default=1e-4, metavar="RATE",
-                       help="AdamW's learning rate (default: 1e-4)")
+                       help="learning rate (default: 1e-4)")
     group.add_argument("--warmup-steps", type=int, default=0, metavar="STEPS",
                        help="over which the learning rate rises from 0 (default: 0)")
     group.add_argument("--weight-decay", type=float, default=0.0, metavar="RATE",
-                       help="AdamW's weight decay (default: 0)")
+                       help="weight decay (default: 0)")
+    group.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw",
+                       help="what moves the weights (default: adamw)")
+    group.add_argument("--aux-loss", choices=list(AUX_LOSSES), default=None, metavar="NAME",
+                       help="auxiliary loss on an inner layer, of training/aux_losses.py (default: none)")
+    group.add_argument("--aux-weight", type=float_above(0), default=0.5, metavar="WEIGHT",
+                       help="of the auxiliary loss beside the other (default: 0.5)")
+    group.add_argument("--aux-layer", type=int_at_least(1), default=None, metavar="BLOCK",
+                       help="number, from 1, of the block whose output it sees"
+                       " (default: a third of the blocks)")
     group.add_argument("--clip-grad", type=float, default=None, metavar="NORM",
                        help="scale gradients down to this norm where it is larger (default: none)")
     group.add_argument("--grad-accum-steps", type=int, default=1, metavar="PARTS",
@@ -418,8 +236,11 @@ def build_parser(description=None):
                        help="how training times are drawn: uniform, logit-normal (for a flow), or by the loss"
                        " they had (for a diffusion) (default: uniform)")
     add_precision_argument(group)
+    # fmt: on
 
-    group = parser.add_argument_group("output")
+
+def _add_output_arguments(group):
+    # fmt: off
     group.add_argument("--results-dir", default="results", metavar="FOLDER",
                        help="where runs make their folders (default: results)")
     group.add_argument("--resume", default="auto", metavar="RUN",
@@ -450,10 +271,7 @@ def build_parser(description=None):
                        help="steps between two lines of the log (default: 100)")
     group.add_argument("--ckpt-every", type=int, default=50_000, metavar="STEPS",
                        help="steps between two checkpoints; there is always one at the end (default: 50000)")
-
-    add_sampling_arguments(parser.add_argument_group("samples at the end, and defaults kept for sample.py"))
     # fmt: on
-    return parser
 
 
 class PresetParser(Parser):

@@ -32,6 +32,8 @@ NON_REPRODUCIBLE = {
 }  # fmt: skip
 # Options that may be paths; or else names of published weights, or hub ids.
 PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_weights")
+# What options mean for runs that were begun before there were such options:
+ADDED_OPTIONS = dict(optimizer="adamw", aux_loss=None, aux_weight=0.5, aux_layer=None)
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
 OWNER = ".owner"  # which process holds the folder, or held it last
 JOB = ".job"  # which torchrun agents' processes last began or continued the run
@@ -257,7 +259,7 @@ def is_finished(folder):
 def reproducible_args(settings):
     """Of options, what a run computes: plain JSON data. Two paths to one place are the same; relative ones,
     which earlier versions kept, are taken from here."""
-    settings = resolve_paths(settings, os.path.realpath)
+    settings = resolve_paths({**ADDED_OPTIONS, **settings}, os.path.realpath)
     return json.loads(
         json.dumps({name: value for name, value in settings.items() if name not in NON_REPRODUCIBLE})
     )
@@ -274,7 +276,7 @@ def read_settings(folder, select=reproducible_args):
     try:
         with open(os.path.join(folder, "args.json")) as file:
             return select(json.load(file))
-    except (OSError, ValueError, AttributeError):  # absent, damaged, or of something else
+    except (OSError, ValueError, TypeError, AttributeError):  # absent, damaged, or of something else
         return None
 
 

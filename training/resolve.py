@@ -1,0 +1,307 @@
+"""What a training run is: options and data set become one plan, before any work."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusion import create_process
+from evaluation.inception import read_fid_reference, read_weights
+from models import DiT_models
+from runtime.autoencoder import VAE, describe_vae, load_autoencoder, resolve_vae
+from runtime.cli import UserError, is_utf8, user_errors
+from sampling.options import (
+    DEFAULTS,
+    STEPS,
+    check_sampling_options,
+    resolve_sampling_options,
+    sampling_options,
+)
+from training.dataset import ReadableDataset, held_out_count, hold_out, open_dataset, require_same_data
+from training.latent_cache import LatentCache
+from training.run_dir import resolve_paths
+from training.run_log import import_wandb
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run, settled: what is built from it, and what its checkpoints keep of it.
+
+    model_config     the full arguments of DiT
+    process          how the model is trained and sampled, see create_process
+    dataset          of images, or of cached latents
+    training_set     the part of it to train on
+    held_out         the part to validate on, None without --eval-every
+    data             what a checkpoint keeps of the data set, plain data
+    sampling         what a checkpoint keeps of how it is sampled, as far as the options say
+    vae              as --vae takes it
+    total_steps      optimizer steps of the whole run
+    """
+
+    model_config: dict
+    process: Any
+    dataset: Any
+    training_set: Any
+    held_out: ReadableDataset | None
+    data: dict
+    sampling: dict
+    vae: str
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def has_cached_latents(self):
+        return isinstance(self.dataset, LatentCache)
+
+    def sampling_defaults(self, cfg_scale=DEFAULTS["cfg_scale"]):
+        """How this run's checkpoints are sampled, in full; for FID, with FID_CFG_SCALE."""
+        return {**DEFAULTS, "cfg_scale": cfg_scale, **self.process.sampling, **self.sampling}
+
+    def load_autoencoder(self, device, decodes=True):
+        """What encodes and decodes. From a cache, its weights are read when the first picture is made.
+
+        decodes: there will be one, for which they are read now, to fail now rather than then.
+        """
+        if not self.has_cached_latents:
+            return load_autoencoder(self.vae, device, self.dataset.channels)
+        autoencoder = VAE(self.vae, self.dataset.vae).to(device)
+        if decodes:
+            _ = autoencoder.model
+        return autoencoder
+
+    def encoder(self, autoencoder):
+        """The function (a batch of the data set, noise) -> x_start: of images, or of cached posteriors."""
+        return autoencoder.sample_posterior if self.has_cached_latents else autoencoder.encode
+
+    def config(self, autoencoder):
+        """What rebuilds model, process, autoencoder, data and sampling, as a checkpoint keeps it."""
+        return dict(
+            model=self.model_config, process=self.process.config, autoencoder=autoencoder.config,
+            data=self.data, sampling=self.sampling,
+        )  # fmt: skip
+
+
+def resolve(args, dist):
+    """The Plan of these options, on all processes; what costs least is checked first. Settles in args what
+    depends on the data, and makes its paths absolute.
+
+    Raises UserError for options that cannot be, or not together, and for data that does not fit them.
+    """
+    check_objective(args)
+    check_processes(args, dist)
+    process = create_process(process_config(args))
+    options = {**dict.fromkeys(DEFAULTS), **process.sampling, **given_sampling(args)}
+    check_sampling_options(options, process)
+    check_fid_options(args)
+    if args.wandb:
+        import_wandb()
+
+    dataset = open_training_data(args, dist)
+    check_data(args, dataset)
+    keep_absolute(args)
+    model_config = configure_model(args, dataset)
+    check_aux_loss(args, model_config["depth"])
+    training_set, held_out = split(args, dataset, dist)
+    steps_per_epoch = len(training_set) // args.global_batch_size
+    plan = Plan(
+        model_config=model_config, process=process, dataset=dataset,
+        training_set=training_set, held_out=held_out, data=describe_data(args, dataset),
+        sampling=given_sampling(args), vae=args.vae, steps_per_epoch=steps_per_epoch,
+        total_steps=args.max_steps or args.epochs * steps_per_epoch,
+    )  # fmt: skip
+    # For the pictures at the end:
+    resolve_sampling_options(plan.model_config, process, plan.sampling_defaults())
+    return plan
+
+
+def check_processes(args, dist):
+    """Refuse what this number of processes cannot share."""
+    if args.shard and dist.world_size == 1:
+        raise UserError("--shard: one process has nothing to share weights with; start several with torchrun")
+    if args.shard and not is_utf8(args.results_dir):
+        raise UserError(f"--results-dir {args.results_dir}: --shard needs a UTF-8 name")
+    if args.global_batch_size % (dist.world_size * args.grad_accum_steps):
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: must be divisible by {dist.world_size} processes"
+            f" x --grad-accum-steps {args.grad_accum_steps}"
+        )
+
+
+def split(args, dataset, dist):
+    """The ReadableDataset to train on, and with --eval-every that to validate on, or None."""
+    if not args.eval_every:
+        return ReadableDataset(dataset, args.skip_bad_images), None
+    training_set, held_out = hold_out(dataset, args.global_seed)
+    held_out = ReadableDataset(held_out, args.skip_bad_images)
+    with dist.agreeing():
+        # Otherwise every validation would meet the unreadable one:
+        for row in range(len(held_out))[dist.rank :: dist.world_size]:
+            problem = held_out[(row, False)][2]
+            if problem and not args.skip_bad_images:
+                raise UserError(problem)
+    return ReadableDataset(training_set, args.skip_bad_images), held_out
+
+
+def check_objective(args):
+    """Refuse options of the other objective, and settle --learn-sigma: a flow has no variance to learn."""
+    other = dict(
+        diffusion=("flow_path", "flow_prediction", "time_shift"),
+        flow=("noise_schedule", "learn_sigma", "sigma_small"),
+    )
+    for name in other[args.objective]:
+        if name in args.by_hand and getattr(args, name) is not False:
+            raise UserError(f"--{name.replace('_', '-')}: has no meaning with --objective {args.objective}")
+    only = dict(diffusion="loss-second-moment", flow="logit-normal")
+    if args.timestep_sampler not in ("uniform", only[args.objective]):
+        raise UserError(
+            f"--timestep-sampler {args.timestep_sampler}: --objective {args.objective} takes uniform or"
+            f" {only[args.objective]}"
+        )
+    if args.objective == "flow":
+        args.learn_sigma = False
+
+
+def check_fid_options(args):
+    """Refuse what --fid-ref needs, or alone needs it; and a reference or weights that are none."""
+    if args.fid_ref is None:
+        if args.inception_weights or args.any_weights:
+            flag = "--inception-weights" if args.inception_weights else "--any-weights"
+            raise UserError(f"{flag}: only --fid-ref needs the Inception network; give both")
+        return
+    if not args.eval_every:
+        raise UserError(f"--fid-ref {args.fid_ref}: --eval-every says how often; give both")
+    read_fid_reference(args.fid_ref)
+    if args.inception_weights:
+        read_weights(args.inception_weights, args.any_weights)
+
+
+def open_training_data(args, dist):
+    """The data set of these options, of images or of cached latents; UserError where they do not go
+    together."""
+    if not args.feature_path:
+        return open_dataset(
+            args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images, dist
+        )
+    cache = LatentCache(args.feature_path)
+    if args.data_path:
+        raise UserError(f"--data-path {args.data_path}: --feature-path stands in for it; leave one out")
+    if args.image_size != cache.image_size:
+        raise UserError(
+            f"--image-size {args.image_size}: {args.feature_path} was extracted at {cache.image_size};"
+            f" give --image-size {cache.image_size}"
+        )
+    if "vae" in args.by_hand and resolve_vae(args.vae) != cache.vae["vae"]:
+        raise UserError(
+            f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
+        )
+    args.vae = cache.vae["vae"]
+    require_same_data(cache, dist, f"--feature-path {args.feature_path}")
+    return cache
+
+
+def check_data(args, dataset):
+    """Settle --num-classes by the data set, and refuse a batch larger than it."""
+    classes = len(dataset.classes)
+    if args.num_classes is None:
+        args.num_classes = classes
+    if args.num_classes > 0 and not classes:
+        raise UserError(
+            f"--num-classes {args.num_classes}: {args.feature_path or args.data_path} has no classes; give"
+            " 0 to train unconditionally, or make one subfolder a class"
+        )
+    if 0 < args.num_classes < classes:
+        raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
+    if args.num_classes == 0 or args.class_dropout_prob == 0:
+        why = "without label dropout" if args.num_classes else "in an unconditional model"
+        for name, scales in (("cfg_scale", [args.cfg_scale]), ("sample_cfg_scales", args.sample_cfg_scales)):
+            for scale in scales or () if name in args.by_hand else ():
+                if scale != 1:
+                    raise UserError(
+                        f"--{name.replace('_', '-')} {scale}: {why} there is nothing to guide; leave it out"
+                    )
+        args.cfg_scale = 1.0
+        args.sample_cfg_scales = None
+    available = len(dataset) - (held_out_count(len(dataset)) if args.eval_every else 0)
+    if available < args.global_batch_size:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: the data set has {available} images to train on,"
+            " not enough for one batch; give at most that"
+        )
+
+
+def keep_absolute(args):
+    """Make paths absolute, so that the run can be continued from another working directory."""
+    vars(args).update(resolve_paths(vars(args), os.path.abspath))
+    if args.resume not in ("auto", "never"):
+        args.resume = os.path.abspath(args.resume)
+
+
+def configure_model(args, dataset):
+    """The full arguments of DiT for these options; UserError where such a model cannot be."""
+    if args.feature_path:
+        channels, factor, image_channels = dataset.vae["channels"], dataset.vae["factor"], dataset.channels
+    else:
+        channels, factor, image_channels = describe_vae(args.vae, dataset.channels)
+    if image_channels != dataset.channels:
+        raise UserError(
+            f"--vae {args.vae}: takes images of {image_channels} channels, these have {dataset.channels};"
+            " give --vae none"
+        )
+    sizes = {name: getattr(args, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
+    registered = DiT_models[args.model].keywords
+    patch_size = sizes["patch_size"] or registered["patch_size"]
+    if args.image_size % (factor * patch_size):
+        parts = f"patch {patch_size}" if factor == 1 else f"the VAE's {factor} x patch {patch_size}"
+        raise UserError(
+            f"--image-size {args.image_size}: must be divisible by {factor * patch_size} ({parts})"
+        )
+    with user_errors(f"--model {args.model}"), torch.device("meta"):
+        return DiT_models[args.model](
+            input_size=args.image_size // factor, in_channels=channels, num_classes=args.num_classes,
+            class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma, block=args.block,
+            ffn=args.ffn, pos_embed=args.pos_embed, registers=args.registers, qk_norm=args.qk_norm,
+            **{name: size for name, size in sizes.items() if size is not None},
+        ).config  # fmt: skip
+
+
+def check_aux_loss(args, depth):
+    """Settle --aux-layer, and refuse a block that is not there."""
+    if args.aux_loss and args.aux_layer is None:
+        args.aux_layer = max(1, depth // 3)
+    if args.aux_loss and args.aux_layer > depth:
+        raise UserError(f"--aux-layer {args.aux_layer}: the model has {depth} blocks; give at most that")
+
+
+def given_sampling(args):
+    """How this run's checkpoints are sampled, as far as its options say."""
+    given = {name: value for name, value in sampling_options(args).items() if value is not None}
+    if "sampler" in given:
+        given.setdefault("steps", STEPS[given["sampler"]])
+    return given
+
+
+def process_config(args):
+    """What create_process builds the training process of these options from."""
+    if args.objective == "diffusion":
+        return dict(
+            objective="diffusion", noise_schedule=args.noise_schedule, learn_sigma=args.learn_sigma,
+            sigma_small=args.sigma_small,
+        )  # fmt: skip
+    return dict(
+        objective="flow", path=args.flow_path, prediction=args.flow_prediction, shift=args.time_shift,
+        time_sampling=args.timestep_sampler,
+    )  # fmt: skip
+
+
+def source(args):
+    """Where the training data comes from, in a word."""
+    return args.feature_path or args.data_path or args.dataset
+
+
+def describe_data(args, dataset):
+    """What a checkpoint keeps of the data that it was trained on."""
+    return dict(
+        dataset=source(args), image_size=args.image_size, classes=dataset.classes, count=len(dataset),
+        fingerprint=dataset.fingerprint,
+    )  # fmt: skip
