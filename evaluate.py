@@ -293,10 +293,10 @@ def find_warnings(numbers, reference, samples, network):
 def report(numbers, reference, samples, network, args, dist):
     """Print the numbers as ADM's suite does, and write them with every setting to a JSON file."""
     doubts = find_warnings(numbers, reference, samples, network)
-    distance, is_inception = metric_name("fid", network), network.name == "inception"
-    name = f"{distance}-{name_of_count(samples.images.count)}"
+    name, is_inception = metric_name("fid", network), network.name == "inception"
+    name += f"-{name_of_count(samples.images.count)}" if is_inception else ""
     print(reference.describe())
-    print(f"{samples.describe()}" + (f"; {distance} is {name}" if "fid" in numbers else ""))
+    print(f"{samples.describe()}" + (f"; FID is {name}" if is_inception and "fid" in numbers else ""))
     for doubt in doubts:
         print(f"Warning: {doubt}")
     named = {metric_name(metric, network): value for metric, value in numbers.items()}

@@ -132,7 +132,7 @@ def kernel_distance(
 
 
 def _cubic_kernel(u, v):
-    return (u @ v.T / u.shape[1] + 1) ** 3
+    return (u @ v.T).div_(u.shape[1]).add_(1).pow_(3)
 
 
 def inception_score(values, *, are_logits=None, chunk=SCORE_CHUNK):
