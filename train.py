@@ -39,7 +39,7 @@ from runtime.distributed import (
 from training.aux_losses import RecordAuxLoss
 from training.dataset import DistributedBatchSampler, make_loader
 from training.dry_run import dry_run
-from training.options import build_parser, check_options
+from training.options import build_parser
 from training.resolve import resolve
 from training.run import Run
 from training.state import TrainingState
@@ -49,7 +49,6 @@ from training.validation import Validation, open_fid
 def main(args):
     """Train a diffusion transformer, then sample it."""
     # Settle what this run is, and refuse what it cannot be:
-    check_options(args)
     dist = init_distributed()
     args.precision = set_precision(args.precision, dist.device)
     plan = resolve(args, dist)

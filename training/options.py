@@ -8,7 +8,7 @@ from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from evaluation.inception import add_inception_arguments
 from models import BLOCKS, FFNS, POS_EMBEDS, DiT_models
 from runtime.autoencoder import add_vae_argument
-from runtime.cli import Parser, UserError, float_above, int_at_least
+from runtime.cli import Parser, float_above, float_at_least, fraction, int_at_least, seed_number
 from runtime.distributed import add_precision_argument
 from sampling.options import (
     FID_CFG_SCALE,
@@ -63,35 +63,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks, and what the options come to
-
-
-def check_options(args):
-    """Raise UserError for numbers out of range, before any work."""
-    for name in ("image_size", "epochs", "global_batch_size", "grad_accum_steps", "log_every", "ckpt_every"):
-        _require(args, name, getattr(args, name) >= 1, "must be at least 1")
-    for name in ("weight_decay", "warmup_steps", "num_workers", "keep_checkpoints", "eval_every"):
-        _require(args, name, 0 <= getattr(args, name) < float("inf"), "must be 0 or more")
-    _require(args, "sample_every", args.sample_every is None or args.sample_every >= 0, "must be 0 or more")
-    _require(args, "clip_grad", args.clip_grad is None or args.clip_grad > 0, "must be more than 0")
-    _require(args, "global_seed", 0 <= args.global_seed < 2**63, "must be 0 or more, below 2^63")
-    _require(args, "max_steps", args.max_steps is None or args.max_steps >= 1, "must be at least 1")
-    _require(args, "num_classes", args.num_classes is None or args.num_classes >= 0, "must be 0 or more")
-    _require(args, "lr", args.lr > 0, "must be more than 0")
-    _require(args, "ema_decay", 0 <= args.ema_decay < 1, "must be in [0, 1)")
-    _require(args, "class_dropout_prob", 0 <= args.class_dropout_prob < 1, "must be in [0, 1)")
-    _require(args, "fid_samples", args.fid_samples >= 2, "must be at least 2")
-    _require(args, "time_shift", args.time_shift > 0, "must be more than 0")
-    for scale in args.sample_cfg_scales or ():
-        _require(args, "sample_cfg_scales", 0 <= scale < float("inf"), "must be 0 or more; 1 is no guidance")
-
-
-def _require(args, name, condition, what):
-    if not condition:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {what}")
-
-
-# ---------------------------------------------------------------------------------------------
 # Options
 
 
@@ -133,12 +104,12 @@ def _add_data_arguments(group):
     group.add_argument("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
                        help="train on the next image in place of an unreadable one, and count them, rather"
                        " than save and stop (default: off)")
-    group.add_argument("--image-size", type=int, default=256, metavar="PIXELS",
+    group.add_argument("--image-size", type=int_at_least(1), default=256, metavar="PIXELS",
                        help="side of the square that images are cropped to (default: 256)")
-    group.add_argument("--num-classes", type=int, default=None, metavar="N",
+    group.add_argument("--num-classes", type=int_at_least(0), default=None, metavar="N",
                        help="rows of the label table, null label aside; 0 for an unconditional model"
                        " (default: as many as the data set has)")
-    group.add_argument("--num-workers", type=int, default=4, metavar="N",
+    group.add_argument("--num-workers", type=int_at_least(0), default=4, metavar="N",
                        help="processes that read images, for each training process (default: 4)")
     add_vae_argument(group, default="ema")
     # fmt: on
@@ -148,13 +119,13 @@ def _add_model_arguments(group):
     # fmt: off
     group.add_argument("--model", choices=list(DiT_models), default="DiT-XL/2",
                        help="size S, B, L or XL, and side of a patch in latent pixels (default: DiT-XL/2)")
-    group.add_argument("--depth", type=int, default=None, metavar="BLOCKS",
+    group.add_argument("--depth", type=int_at_least(1), default=None, metavar="BLOCKS",
                        help="blocks, in place of the model's (default: the model's)")
-    group.add_argument("--hidden-size", type=int, default=None, metavar="WIDTH",
+    group.add_argument("--hidden-size", type=int_at_least(1), default=None, metavar="WIDTH",
                        help="channels of a token, in place of the model's (default: the model's)")
-    group.add_argument("--num-heads", type=int, default=None, metavar="HEADS",
+    group.add_argument("--num-heads", type=int_at_least(1), default=None, metavar="HEADS",
                        help="attention heads, in place of the model's (default: the model's)")
-    group.add_argument("--patch-size", type=int, default=None, metavar="SIDE",
+    group.add_argument("--patch-size", type=int_at_least(1), default=None, metavar="SIDE",
                        help="latent pixels a side of a patch, in place of the model's (default: the model's)")
     group.add_argument("--block", choices=list(BLOCKS), default="adaln-zero",
                        help="how time and label enter, in the paper's four ways (default: adaln-zero)")
@@ -164,11 +135,11 @@ def _add_model_arguments(group):
     group.add_argument("--pos-embed", choices=POS_EMBEDS, default="sincos",
                        help="position embedding: fixed sines and cosines, or learned from there"
                        " (default: sincos)")
-    group.add_argument("--registers", type=int, default=0, metavar="N",
+    group.add_argument("--registers", type=int_at_least(0), default=0, metavar="N",
                        help="learned tokens beside the patches (default: 0)")
     group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=False,
                        help="normalise queries and keys, for stable long runs in bf16 (default: off)")
-    group.add_argument("--class-dropout-prob", type=float, default=0.1, metavar="SHARE",
+    group.add_argument("--class-dropout-prob", type=fraction, default=0.1, metavar="SHARE",
                        help="share of labels dropped, for guidance; 0 for none (default: 0.1)")
     group.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
                        help="predict the variance too, with twice the channels (default: on)")
@@ -182,7 +153,7 @@ def _add_model_arguments(group):
                        " diffusion does (default: linear)")
     group.add_argument("--flow-prediction", choices=list(PREDICTIONS), default="velocity",
                        help="what a flow's model predicts (default: velocity)")
-    group.add_argument("--time-shift", type=float, default=1.0, metavar="FACTOR",
+    group.add_argument("--time-shift", type=float_above(0), default=1.0, metavar="FACTOR",
                        help="times t of a flow become FACTOR t / (1 + (FACTOR - 1) t): noisier above 1"
                        " (default: 1)")
     group.add_argument("--noise-schedule", choices=("linear", "squaredcos_cap_v2"), default="linear",
@@ -192,19 +163,19 @@ def _add_model_arguments(group):
 
 def _add_training_arguments(group):
     # fmt: off
-    group.add_argument("--epochs", type=int, default=1400, metavar="N",
+    group.add_argument("--epochs", type=int_at_least(1), default=1400, metavar="N",
                        help="passes over the data (default: 1400)")
-    group.add_argument("--max-steps", type=int, default=None, metavar="STEPS",
+    group.add_argument("--max-steps", type=int_at_least(1), default=None, metavar="STEPS",
                        help="optimiser steps, in place of --epochs (default: none)")
-    group.add_argument("--global-batch-size", type=int, default=256, metavar="IMAGES",
+    group.add_argument("--global-batch-size", type=int_at_least(1), default=256, metavar="IMAGES",
                        help="images a step, over all processes (default: 256)")
-    group.add_argument("--global-seed", type=int, default=0, metavar="SEED",
+    group.add_argument("--global-seed", type=seed_number, default=0, metavar="SEED",
                        help="of initialisation, order and noise (default: 0)")
-    group.add_argument("--lr", type=float, default=1e-4, metavar="RATE",
+    group.add_argument("--lr", type=float_above(0), default=1e-4, metavar="RATE",
                        help="learning rate (default: 1e-4)")
-    group.add_argument("--warmup-steps", type=int, default=0, metavar="STEPS",
+    group.add_argument("--warmup-steps", type=int_at_least(0), default=0, metavar="STEPS",
                        help="over which the learning rate rises from 0 (default: 0)")
-    group.add_argument("--weight-decay", type=float, default=0.0, metavar="RATE",
+    group.add_argument("--weight-decay", type=float_at_least(0), default=0.0, metavar="RATE",
                        help="weight decay (default: 0)")
     group.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw",
                        help="what moves the weights (default: adamw)")
@@ -215,9 +186,9 @@ def _add_training_arguments(group):
     group.add_argument("--aux-layer", type=int_at_least(1), default=None, metavar="BLOCK",
                        help="number, from 1, of the block whose output it sees"
                        " (default: a third of the blocks)")
-    group.add_argument("--clip-grad", type=float, default=None, metavar="NORM",
+    group.add_argument("--clip-grad", type=float_above(0), default=None, metavar="NORM",
                        help="scale gradients down to this norm where it is larger (default: none)")
-    group.add_argument("--grad-accum-steps", type=int, default=1, metavar="PARTS",
+    group.add_argument("--grad-accum-steps", type=int_at_least(1), default=1, metavar="PARTS",
                        help="parts that a batch is cut into, one after the other, for memory (default: 1)")
     group.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                        help="recompute blocks in the backward pass, for memory (default: off)")
@@ -228,7 +199,7 @@ def _add_training_arguments(group):
                        " models that one GPU cannot hold (default: off)")
     group.add_argument("--init-from", default=None, metavar="FILE",
                        help="checkpoint whose weights to start from, as far as they fit (default: none)")
-    group.add_argument("--ema-decay", type=float, default=0.9999, metavar="DECAY",
+    group.add_argument("--ema-decay", type=fraction, default=0.9999, metavar="DECAY",
                        help="a step, of the averaged weights that are sampled (default: 0.9999)")
     group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False,
                        help="average over a tenth of the steps so far at most, for short runs (default: off)")
@@ -247,29 +218,30 @@ def _add_output_arguments(group):
                        help="auto: continue the newest unfinished run of --results-dir with the same"
                        " settings, or start one; never: start one; or the folder of a run to continue, or a"
                        " checkpoint of one to go back to (default: auto)")
-    group.add_argument("--keep-checkpoints", type=int, default=0, metavar="N",
+    group.add_argument("--keep-checkpoints", type=int_at_least(0), default=0, metavar="N",
                        help="delete all but the last N; 0 keeps all (default: 0)")
-    group.add_argument("--sample-every", type=int, default=None, metavar="STEPS",
+    group.add_argument("--sample-every", type=int_at_least(0), default=None, metavar="STEPS",
                        help="steps between two pictures; 0 for none at all (default: only at the end)")
-    group.add_argument("--sample-cfg-scales", type=float, nargs="+", default=None, metavar="SCALE",
+    group.add_argument("--sample-cfg-scales", type=float_at_least(0), nargs="+", default=None,
+                       metavar="SCALE",
                        help="a picture for each of these guidance scales (default: --cfg-scale's alone)")
     group.add_argument("--sample-gif", action=argparse.BooleanOptionalAction, default=False,
                        help="show in a GIF beside every picture how it comes out of the noise (default: off)")
-    group.add_argument("--eval-every", type=int, default=0, metavar="STEPS",
+    group.add_argument("--eval-every", type=int_at_least(0), default=0, metavar="STEPS",
                        help="steps between two losses of the averaged weights on held-out images, a fiftieth"
                        " of the data, at most 1024; 0 holds none out (default: 0)")
     group.add_argument("--fid-ref", default=None, metavar="FILE",
                        help="statistics, of evaluate.py --save-stats or ADM's, that --eval-every compares"
                        " samples of the averaged weights with, guided by --cfg-scale or else"
                        f" {FID_CFG_SCALE}; the best are kept (default: none)")
-    group.add_argument("--fid-samples", type=int, default=10_000, metavar="N",
+    group.add_argument("--fid-samples", type=int_at_least(2), default=10_000, metavar="N",
                        help="samples for --fid-ref, by --num-sampling-steps each (default: 10000)")
     add_inception_arguments(group)
     group.add_argument("--wandb", action=argparse.BooleanOptionalAction, default=False,
                        help="log to Weights & Biases too (default: off)")
-    group.add_argument("--log-every", type=int, default=100, metavar="STEPS",
+    group.add_argument("--log-every", type=int_at_least(1), default=100, metavar="STEPS",
                        help="steps between two lines of the log (default: 100)")
-    group.add_argument("--ckpt-every", type=int, default=50_000, metavar="STEPS",
+    group.add_argument("--ckpt-every", type=int_at_least(1), default=50_000, metavar="STEPS",
                        help="steps between two checkpoints; there is always one at the end (default: 50000)")
     # fmt: on
 
