@@ -1,6 +1,8 @@
 """data.py: what the images are, and the order they come in."""
 
 import gc
+import gzip
+import hashlib
 import os
 import pickle
 import tarfile
@@ -18,14 +20,17 @@ from torchvision.datasets import ImageFolder
 
 import runtime.image_io
 from runtime import image_io
+from runtime.class_names import resolve_labels
 from runtime.cli import UserError
 from runtime.image_io import center_crop_arr
 from training.dataset import (
+    CIFAR10,
+    DEBIAN_FASHION,
+    Digits,
     DistributedBatchSampler,
+    FashionMNIST,
     FolderImages,
     ReadableDataset,
-    load_cifar10,
-    load_digits,
     make_loader,
     open_dataset,
 )
@@ -233,7 +238,7 @@ def test_truncated_image_is_named_when_read(tmp_path):
 
 def test_digits_are_the_real_ones():
     sklearn = pytest.importorskip("sklearn.datasets").load_digits()
-    digits = load_digits()
+    digits = Digits()
     assert len(digits) == 1797 and digits.classes == list("0123456789") and not digits.flips
     images = torch.stack([digits[(i, False)][0] for i in range(len(digits))])
     np.testing.assert_array_equal((images[:, 0] + 1) * 8, sklearn.images)
@@ -268,9 +273,7 @@ def make_cifar_archive(folder, per_file=6):
 
 
 def test_cifar10_from_its_archive(tmp_path, monkeypatch):
-    import hashlib
-
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10 as Torchvisions
 
     images, labels = make_cifar_archive(tmp_path / "source")
     root = tmp_path / "root"
@@ -283,25 +286,102 @@ def test_cifar10_from_its_archive(tmp_path, monkeypatch):
 
     # torchvision checks the real archive's sums; the fabricated one has others:
     source = tmp_path / "source" / "cifar-10-batches-py"
-    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
+    monkeypatch.setattr(Torchvisions, "tgz_md5", md5(archive))
     monkeypatch.setattr(
-        CIFAR10, "train_list", [[f"data_batch_{i}", md5(source / f"data_batch_{i}")] for i in range(1, 6)]
+        Torchvisions,
+        "train_list",
+        [[f"data_batch_{i}", md5(source / f"data_batch_{i}")] for i in range(1, 6)],
     )
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(source / "test_batch")]])
-    monkeypatch.setattr(CIFAR10, "meta", dict(CIFAR10.meta, md5=md5(source / "batches.meta")))
-    cifar = load_cifar10(str(root))
+    monkeypatch.setattr(Torchvisions, "test_list", [["test_batch", md5(source / "test_batch")]])
+    monkeypatch.setattr(Torchvisions, "meta", dict(Torchvisions.meta, md5=md5(source / "batches.meta")))
+    cifar = CIFAR10(str(root))
     assert len(cifar) == 30 and cifar.flips and cifar.classes[3] == "class 3" and cifar.image_size == 32
     image, label = cifar[(7, False)]
     assert label == labels[7] and np.array_equal(((image + 1) * 127.5).round().byte(), images[7])
 
 
 def test_cifar10_without_a_network(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
+    import torchvision
 
-    monkeypatch.setattr(CIFAR10, "url", "file:///no/such/cifar-10-python.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///no/such/cifar-10-python.tar.gz")
     with pytest.raises(UserError, match="CIFAR-10 is not there and could not be downloaded") as refused:
-        load_cifar10(str(tmp_path))
+        CIFAR10(str(tmp_path))
     assert "\n" not in str(refused.value)
+
+
+def idx_bytes(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """A folder with files as Fashion-MNIST's: eight images to train on, labels gzipped, and three to test on;
+    their checksums are taken for the real ones."""
+    import torchvision
+
+    folder, rng, digests = tmp_path / "some" / "where", np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    for part, count in (("train", 8), ("t10k", 3)):
+        for name, shape, opened, suffix in (
+            (f"{part}-images-idx3-ubyte", (count, 28, 28), open, ""),
+            (f"{part}-labels-idx1-ubyte", (count,), gzip.open, ".gz"),
+        ):
+            contents = idx_bytes(rng.integers(0, 10, shape, dtype=np.uint8))
+            digests[name] = hashlib.sha256(contents).hexdigest()
+            with opened(folder / (name + suffix), "wb") as file:
+                file.write(contents)
+    monkeypatch.setattr(FashionMNIST, "SHA256", digests)
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["file:///no/such/place/"])
+    return folder
+
+
+def test_fashion_mnist_from_a_folder(fashion, tmp_path):
+    dataset, tests = open_dataset("fashion-mnist", str(tmp_path), 28), FashionMNIST(tmp_path, part="t10k")
+    assert (len(dataset), len(tests), dataset.channels, dataset.flips) == (8, 3, 1, False)
+    raw = (fashion / "train-images-idx3-ubyte").read_bytes()[16:]
+    image, label = dataset[(7, False)]
+    expected = np.frombuffer(raw, np.uint8).reshape(8, 1, 28, 28)[7]
+    assert np.array_equal(((image + 1) * 127.5).round().byte(), expected)
+    labels = gzip.decompress((fashion / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
+    assert label == labels[7] and [dataset[(i, False)][1] for i in range(8)] == list(labels)
+    assert resolve_labels(["Trouser", "ankle boot", "t-shirt"], 10, dataset.classes) == [1, 9, 0]
+
+
+@pytest.mark.parametrize(
+    "name, change, problem",
+    [
+        ("images-idx3-ubyte", None, "train-images-idx3-ubyte, gzipped or not, is not there and could not be"),
+        ("images-idx3-ubyte", lambda b: b[:-1], "is truncated, 6,287 bytes for an array of 8 x 28 x 28"),
+        ("images-idx3-ubyte", lambda b: b[:3], "is no IDX file of bytes"),
+        ("images-idx3-ubyte", lambda b: b[:-1] + b"!", r"is not Fashion-MNIST's .* \(checksum"),
+        ("labels-idx1-ubyte.gz", lambda b: b[:-9], "labels-idx1-ubyte.gz: cannot be read; fetch it again"),
+        ("labels-idx1-ubyte.gz", lambda b: b"junk", "labels-idx1-ubyte.gz: cannot be read; fetch it again"),
+        ("labels-idx1-ubyte.gz", lambda b: gzip.compress(idx_bytes(np.zeros(9, np.uint8))),
+         "has 9 labels for the 8 images of .*train-images-idx3-ubyte"),
+    ],
+)  # fmt: skip
+def test_fashion_mnist_of_damaged_files(fashion, tmp_path, name, change, problem):
+    path = fashion / f"train-{name}"
+    contents = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(contents))
+    with pytest.raises(UserError, match=f"--data-path .*{problem}") as refused:
+        open_dataset("fashion-mnist", str(tmp_path), 28)
+    assert "\n" not in str(refused.value)
+
+
+def test_fashion_mnist_is_not_downloaded_in_a_dry_run(fashion, tmp_path):
+    (fashion / "train-images-idx3-ubyte").unlink()
+    assert len(open_dataset("fashion-mnist", str(tmp_path), 28, dry_run=True)) == 60_000
+
+
+@pytest.mark.skipif(not os.path.isdir(DEBIAN_FASHION), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_of_debian():
+    """The images are the real ones, by their checksums; the counts of each class are the published ones."""
+    for part, each in (("train", 6000), ("t10k", 1000)):
+        dataset = FashionMNIST(part=part)
+        assert np.bincount(dataset.labels).tolist() == [each] * 10
 
 
 # ---------------------------------------------------------------------------------------------
@@ -338,9 +418,7 @@ def test_flips_are_fair_and_change_with_the_epoch():
     epochs = [dict(batches[i] + batches[i + 1]) for i in (0, 2)]
     assert np.mean([epochs[0][i] == epochs[1][i] for i in range(2000)]) == pytest.approx(0.5, abs=0.05)
     assert not any(
-        mirrored
-        for batch in DistributedBatchSampler(load_digits(), 100, stop_step=20)
-        for _, mirrored in batch
+        mirrored for batch in DistributedBatchSampler(Digits(), 100, stop_step=20) for _, mirrored in batch
     )
 
 

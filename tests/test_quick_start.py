@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from evaluation.metrics import Moments, frechet_distance
 from sampler import Sampler
-from training.dataset import load_digits
+from training.dataset import Digits
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def distances(a, b):
 @pytest.fixture(scope="module")
 def digits():
     """The real digits, 64 values of 0 … 16 each, and their labels."""
-    found = load_digits()
+    found = Digits()
     return ((found.images + 1) * 8).reshape(len(found), 64), found.labels
 
 

@@ -1,13 +1,14 @@
 """Data sets of images, and the order in which training reads them.
 
-An item is (image, label): float (C, H, W) in [-1, 1], and a class index, 0 where there are no classes. The
-key of an item is (index, mirrored): the order decides the flips, so an item is the same in whichever process
-reads it."""
+To add one: a class of ImageDataset, or of ArrayImages where the images fit into memory, and a row of
+DATASETS."""
 
+import gzip
 import hashlib
 import json
 import os
 import signal
+import zlib
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
@@ -31,9 +32,41 @@ from runtime.image_io import (
 )
 
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits.npz"
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 
 
-class FolderImages(Dataset):
+class ImageDataset(Dataset):
+    """What a data set of images offers. All is required but check.
+
+    Name(data_path, image_size, dry_run)  as --data-path, None where not given, --image-size in pixels and
+                     --dry-run, which downloads nothing, say; raises UserError for what it cannot do
+    len(it)          how many images
+    it[(index, mirrored)]  (image, label): float (channels, image_size, image_size) in [-1, 1], and a class
+                     index, 0 where there are no classes. The order decides which are mirrored, so an item is
+                     the same in whichever process reads it. Raises UserError for an unreadable image.
+    channels         1, grey, or 3
+    image_size       pixels a side
+    classes          the classes' names in the order of their labels, [] for none
+    flips            whether a mirrored image is as good as another; then half are trained on mirrored
+    fingerprint      of the images and labels, a hash: a run is continued on the same alone
+    """
+
+    def check(self, skip=False, dist=ALONE):
+        """Raise UserError for images that cannot be read, before any work; where skip, only for all of them.
+        All processes call it."""
+
+    def missing(self):
+        """The names above that this class has not, in order."""
+        names = ("__len__", "__getitem__", "channels", "image_size", "classes", "flips", "fingerprint")
+        cls = type(self)
+        return [
+            name
+            for name in names
+            if name not in vars(self) and getattr(cls, name, None) is getattr(ImageDataset, name, None)
+        ]
+
+
+class FolderImages(ImageDataset):
     """Images in a folder: one subfolder a class, or all in one flat folder without classes.
 
     Every image is centre-cropped to image_size. Unreadable ones raise UserError, naming the file.
@@ -41,7 +74,9 @@ class FolderImages(Dataset):
 
     channels, flips = 3, True
 
-    def __init__(self, root, image_size):
+    def __init__(self, root, image_size, dry_run=False):
+        if not root:
+            raise UserError("--data-path: required; the folder of images, one subfolder a class")
         self.image_size, self.samples = image_size, list_images(root)
         self.classes = self.samples.classes
 
@@ -202,7 +237,7 @@ def _is_folder(entry):
         return False
 
 
-class ArrayImages(Dataset):
+class ArrayImages(ImageDataset):
     """Images in memory: float (N, C, H, W) in [-1, 1] or uint8 (N, H, W, C)."""
 
     def __init__(self, images, labels, classes, flips):
@@ -229,40 +264,126 @@ class ArrayImages(Dataset):
         digest.update(np.asarray(self.labels, np.int64))
         return digest.hexdigest()
 
-    def check(self, skip=False, dist=ALONE):
-        """Nothing to check: the images are in memory."""
 
-
-def load_digits():
+class Digits(ArrayImages):
     """1,797 handwritten digits of 8x8 pixels, embedded in the repository; never mirrored."""
-    with np.load(DIGITS) as file:
-        images = file["images"][:, None].astype(np.float32) / 8 - 1  # values 0 … 16
-        return ArrayImages(images, file["labels"], [str(digit) for digit in range(10)], flips=False)
+
+    def __init__(self, data_path=None, image_size=8, dry_run=False):
+        if data_path:
+            raise UserError(f"--data-path {data_path}: the digits are embedded; leave it out")
+        with np.load(DIGITS) as file:
+            images = file["images"][:, None].astype(np.float32) / 8 - 1  # values 0 … 16
+            super().__init__(images, file["labels"], [str(digit) for digit in range(10)], flips=False)
 
 
-def load_cifar10(root, dry_run=False):
-    """The 50,000 training images of CIFAR-10, 32x32, downloaded to root where they are not there yet.
+class CIFAR10(ArrayImages):
+    """The 50,000 training images of CIFAR-10, 32x32, downloaded to data_path where they are not there yet.
 
     dry_run: nothing is downloaded; where they are not there, black images stand in for them.
     """
+
+    def __init__(self, data_path=None, image_size=32, dry_run=False):
+        root = data_path or "data"
+        if dry_run and not os.path.isdir(os.path.join(root, "cifar-10-batches-py")):
+            stand_in = np.broadcast_to(np.zeros((), np.uint8), (50_000, 32, 32, 3))
+            super().__init__(stand_in, np.arange(50_000) % 10, [str(i) for i in range(10)], flips=True)
+            return
+        remedy = "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there"
+        cifar = _download("CIFAR10", root, f"CIFAR-10 is not there and could not be downloaded; {remedy}")
+        super().__init__(cifar.data, np.array(cifar.targets), cifar.classes, flips=True)
+
+
+def _download(name, root, problem):
+    """torchvision's data set of this name, its training part, in a folder; UserError with the problem where
+    it is not there and cannot be fetched."""
     import torchvision  # here, since importing it takes seconds
     from filelock import FileLock
 
-    root = root or "data"
-    if dry_run and not os.path.isdir(os.path.join(root, "cifar-10-batches-py")):
-        stand_in = np.broadcast_to(np.zeros((), np.uint8), (50_000, 32, 32, 3))
-        return ArrayImages(stand_in, np.arange(50_000) % 10, [str(i) for i in range(10)], flips=True)
     try:
         os.makedirs(root, exist_ok=True)
-        with FileLock(os.path.join(root, ".cifar10.lock")):  # one process downloads, the others wait
-            cifar = torchvision.datasets.CIFAR10(root, train=True, download=True)
+        with FileLock(os.path.join(root, f".{name.lower()}.lock")):  # one process downloads, the others wait
+            return getattr(torchvision.datasets, name)(root, train=True, download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        raise UserError(f"--data-path {root}: {problem} ({str(error).splitlines()[0]})") from error
+
+
+class FashionMNIST(ArrayImages):
+    """Fashion-MNIST, 28x28 grey pixels (Xiao, Rasul and Vollgraf 2017): 60,000 photographs of clothes, or
+    with part "t10k" the 10,000 of its test part. Never mirrored: its shoes all point to the left.
+
+    data_path: a folder with its IDX files somewhere below, gzipped or not; None for Debian's, or data.
+    What is not there is downloaded, except by dry_run: then black images stand in.
+    """
+
+    CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+               "ankle boot")  # fmt: skip
+    # Of the contents: archives of the same files differ among those who hand them out.
+    SHA256 = {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    }
+
+    def __init__(self, data_path=None, image_size=28, dry_run=False, part="train"):
+        root = data_path or (DEBIAN_FASHION if os.path.isdir(DEBIAN_FASHION) else "data")
+        names = [name for name in self.SHA256 if name.startswith(part)]
+        found = _find_files(root, names)
+        absent = [name for name in names if name not in found]
+        if absent and dry_run:
+            stand_in = np.broadcast_to(np.zeros((), np.uint8), (60_000, 28, 28, 1))
+            super().__init__(stand_in, np.arange(60_000) % 10, self.CLASSES, flips=False)
+            return
+        if absent:
+            remedy = "put its four files there, or install Debian's package dataset-fashion-mnist"
+            problem = f"{absent[0]}, gzipped or not, is not there and could not be downloaded; {remedy}"
+            _download("FashionMNIST", root, problem)
+            found = _find_files(root, names)
+        contents = [_read_idx(found[name]) for name in names]
+        (images, _), (labels, _) = contents
+        if len(images) != len(labels):
+            raise UserError(
+                f"--data-path {found[names[1]]}: has {len(labels):,} labels for the {len(images):,} images of"
+                f" {found[names[0]]}; put there the files that belong together"
+            )
+        for name, (_, digest) in zip(names, contents):
+            if digest != self.SHA256[name]:
+                raise UserError(
+                    f"--data-path {found[name]}: is not Fashion-MNIST's {name} (checksum {digest[:12]}, not"
+                    f" {self.SHA256[name][:12]}); fetch it again"
+                )
+        super().__init__(images[..., None], labels, self.CLASSES, flips=False)
+
+
+def _find_files(root, names):
+    """{name: path} of the files below a folder that have these names, or these with .gz."""
+    found = {}
+    for folder, _, files in sorted(os.walk(root)):
+        for name in names:
+            for file in {name, f"{name}.gz"} & set(files):
+                found.setdefault(name, os.path.join(folder, file))
+    return found
+
+
+def _read_idx(path):
+    """The uint8 array of an IDX file, gzipped if its name ends in .gz, and its contents' SHA-256."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            contents = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"--data-path {path}: cannot be read; fetch it again ({error})") from error
+    # Two zeros, the type, 8 for uint8, the number of sides, each in four bytes, the largest first:
+    if len(contents) < 8 or contents[:3] != b"\0\0\x08":
+        raise UserError(f"--data-path {path}: is no IDX file of bytes; fetch it again")
+    start = 4 + 4 * contents[3]
+    shape = tuple(np.frombuffer(contents[4:start], ">u4").tolist())
+    if len(contents) != start + np.prod(shape, dtype=np.int64):
         raise UserError(
-            f"--data-path {root}: CIFAR-10 is not there and could not be downloaded; put"
-            f" cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there ({reason})"
-        ) from error
-    return ArrayImages(cifar.data, np.array(cifar.targets), cifar.classes, flips=True)
+            f"--data-path {path}: is truncated, {len(contents):,} bytes for an array of"
+            f" {' x '.join(map(str, shape))}; fetch it again"
+        )
+    array = np.frombuffer(contents, np.uint8, offset=start).reshape(shape)
+    return array, hashlib.sha256(contents).hexdigest()
 
 
 class Rows(Dataset):
@@ -317,7 +438,8 @@ class ReadableDataset(Dataset):
         return torch.zeros(1), 0, problem
 
 
-DATASETS = ("folder", "digits", "cifar10")
+# --dataset: classes of ImageDataset.
+DATASETS = {"folder": FolderImages, "digits": Digits, "cifar10": CIFAR10, "fashion-mnist": FashionMNIST}
 
 
 def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=False, dist=ALONE):
@@ -326,21 +448,16 @@ def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=Fal
     dry_run: download nothing. skip_bad_images: some of them may be damaged. dist: the processes, which all
     call it.
     """
-    if name == "folder":
-        if not data_path:
-            raise UserError("--data-path: required; the folder of images, one subfolder a class")
-        dataset = FolderImages(data_path, image_size)
-    elif name == "digits" and data_path:
-        raise UserError(f"--data-path {data_path}: the digits are embedded; leave it out")
-    else:
-        dataset = load_digits() if name == "digits" else load_cifar10(data_path, dry_run)
+    dataset = DATASETS[name](data_path, image_size, dry_run)
+    if missing := dataset.missing():
+        lacking = f"{type(dataset).__name__} lacks {', '.join(missing)}"
+        raise UserError(f"--dataset {name}: {lacking}; ImageDataset says what a data set offers")
     if dataset.image_size != image_size:
         raise UserError(
             f"--image-size {image_size}: the images of --dataset {name} have {dataset.image_size} pixels a"
             f" side; give --image-size {dataset.image_size}"
         )
-    if name == "folder":
-        require_same_data(dataset, dist, f"--data-path {data_path}")
+    require_same_data(dataset, dist, f"--data-path {data_path}" if data_path else f"--dataset {name}")
     dataset.check(skip_bad_images, dist)
     return dataset
 

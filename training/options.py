@@ -91,11 +91,11 @@ def build_parser(description=None):
 
 def _add_data_arguments(group):
     # fmt: off
-    group.add_argument("--dataset", choices=DATASETS, default="folder",
-                       help="a folder of images, the embedded digits, or CIFAR-10 (default: folder)")
+    group.add_argument("--dataset", choices=list(DATASETS), default="folder",
+                       help="a folder of images, or one of these sets (default: folder)")
     group.add_argument("--data-path", default=None, metavar="FOLDER",
-                       help="images, one subfolder a class or all in one; for cifar10, where to keep"
-                       " it, or data (default: none)")
+                       help="images, one subfolder a class or all in one; for cifar10 and fashion-mnist,"
+                       " where they are kept, or data (default: none)")
     group.add_argument("--feature-path", default=None, metavar="FOLDER",
                        help="latents cached by extract_features.py, in place of images (default: none)")
     group.add_argument("--allow-changed-data", action=argparse.BooleanOptionalAction, default=False,
