@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.cli import UserError
+from runtime.cli import UserError, user_errors
 from runtime.distributed import ALONE, HOLD_OUT, ORDER, generator_for
 from runtime.image_io import (
     IMG_EXTENSIONS,
@@ -299,12 +299,10 @@ def _download(name, root, problem):
     import torchvision  # here, since importing it takes seconds
     from filelock import FileLock
 
-    try:
+    with user_errors(f"--data-path {root}", problem, (OSError, RuntimeError)):
         os.makedirs(root, exist_ok=True)
         with FileLock(os.path.join(root, f".{name.lower()}.lock")):  # one process downloads, the others wait
             return getattr(torchvision.datasets, name)(root, train=True, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--data-path {root}: {problem} ({str(error).splitlines()[0]})") from error
 
 
 class FashionMNIST(ArrayImages):
@@ -367,11 +365,11 @@ def _find_files(root, names):
 
 def _read_idx(path):
     """The uint8 array of an IDX file, gzipped if its name ends in .gz, and its contents' SHA-256."""
-    try:
+    with user_errors(
+        f"--data-path {path}", "cannot be read; fetch it again", (OSError, EOFError, zlib.error)
+    ):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             contents = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--data-path {path}: cannot be read; fetch it again ({error})") from error
     # Two zeros, the type, 8 for uint8, the number of sides, each in four bytes, the largest first:
     if len(contents) < 8 or contents[:3] != b"\0\0\x08":
         raise UserError(f"--data-path {path}: is no IDX file of bytes; fetch it again")
