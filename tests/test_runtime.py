@@ -218,3 +218,9 @@ def test_importing_changes_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("fast, expected", [(True, "bf16"), (False, "fp32")])
+def test_automatic_precision_goes_by_the_processor(monkeypatch, fast, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert distributed.set_precision("auto", torch.device("cpu")) == expected
