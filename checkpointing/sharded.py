@@ -195,7 +195,9 @@ def load_whole(path, trainable):
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process alone
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=True)
     parts = {}
     for name, value in tensors.items():
         part, _, name = name.partition(".")

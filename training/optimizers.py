@@ -1,8 +1,8 @@
 """Optimizers by name: --optimizer.
 
-A row is a function (parameters, args) -> torch.optim.Optimizer. Nothing else is asked of it: its state is
-saved by torch's state-dict functions, plain and sharded alike, and its learning rate is set before every
-step.
+A row is a function (parameters, args) -> torch.optim.Optimizer, whose step(closure=None) is torch's. Nothing
+else is asked of it: its state is saved by torch's state-dict functions, plain and sharded alike, and its
+learning rate is set before every step.
 """
 
 import torch
