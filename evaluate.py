@@ -419,8 +419,8 @@ def build_parser():
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=None,
                         help="which to compute (default: ADM's five, or all that --features has)")
     parser.add_argument("--features", choices=list(FEATURES), default="inception",
-                        help="the network whose features are compared, inception for FID: pixels is none at all,"
-                        " classifier one of experiments/classifier.py, mobilenet torchvision's of ImageNet"
+                        help="the network whose features are compared, inception for FID: pixels is none at"
+                        " all, classifier one of experiments/classifier.py, mobilenet torchvision's"
                         " (default: inception)")
     parser.add_argument("--feature-weights", default=None, metavar="FILE",
                         help="its weights, for classifier and mobilenet (default: none)")

@@ -27,7 +27,7 @@ import torch
 from checkpointing import sharded
 from checkpointing.diffusers_format import is_diffusers, load_diffusers, pipeline_differences, save_diffusers
 from models import DiT, DiT_models
-from runtime.cli import UserError, atomic_write, is_utf8, torch_defaults
+from runtime.cli import UserError, atomic_write, is_utf8, torch_defaults, user_errors
 
 
 def save(path, contents):
@@ -36,7 +36,8 @@ def save(path, contents):
 
     Raises UserError where it cannot be written, a full disk say; what was there before still stands.
     """
-    try:
+    # torch's own writer raises RuntimeErrors:
+    with user_errors(path, sharded.UNWRITTEN, (OSError, RuntimeError)):
         with atomic_write(path, "wb") as file:
             torch.save(contents, file)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
@@ -44,12 +45,6 @@ def save(path, contents):
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: could not be written ({reason}); earlier checkpoints stand; make room and run the same"
-            " command again"
-        ) from error
 
 
 def numbered(folder):
@@ -139,11 +134,9 @@ class Checkpoint:
         model ("DiT-XL/2"), image_size (pixels, factor times the model's) and num_classes are what the user
         says it must be; None leaves it to the checkpoint. Raises UserError where they differ."""
         config = self.config.get("model") or infer_model_config(self.state_dict(), self.path, model)
-        try:
-            with torch.device("meta"):
-                config = DiT(**config).config
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--ckpt {self.path}: its model is not one of these ({error})") from error
+        wrong = user_errors(f"--ckpt {self.path}", "its model is not one of these", (TypeError, ValueError))
+        with wrong, torch.device("meta"):
+            config = DiT(**config).config
         if model is not None:
             wanted = DiT_models[model].keywords
             if any(config[name] != value for name, value in wanted.items()):
@@ -207,11 +200,9 @@ def _is_state_dict(value):
 
 
 def _load_shards(path, flag):
-    try:
+    # What reading a damaged file raises has no common class:
+    with user_errors(f"{flag} {path}", "its shards are not whole", Exception):
         contents = sharded.load_whole(path, trained_parameters)
-    except Exception as error:  # whatever reading a damaged file raises
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{flag} {path}: its shards are not whole ({reason})") from error
     return Checkpoint(path, contents, contents["config"])
 
 
@@ -242,13 +233,12 @@ def _load_pickle(path, flag):
 def _load_safetensors(path, flag):
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
-            config = (file.metadata() or {}).get("config")
-            return dict(ema=state, model=state, config=json.loads(config)) if config else state
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{flag} {path}: not a safetensors file, or cut short ({error})") from error
+    errors = (SafetensorError, ValueError)
+    wrong = user_errors(f"{flag} {path}", "not a safetensors file, or cut short", errors)
+    with wrong, safe_open(path, framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+        config = (file.metadata() or {}).get("config")
+        return dict(ema=state, model=state, config=json.loads(config)) if config else state
 
 
 def infer_model_config(state, path, model=None):
@@ -380,14 +370,12 @@ def export(found, out, weights="ema", any_classes=False):
             raise UserError("--weights raw: a .pt file keeps both kinds; leave it out, or give .safetensors")
         save(out, {**found.contents, "config": config})
         return []
-    try:
+    with user_errors(f"--out {out}", "could not be written", OSError):
         if out.endswith(".safetensors"):
             _save_safetensors(out, state, config)
             return []
         save_diffusers(out, state, config["model"], process, vae, classes, any_classes)
         return pipeline_differences(config["model"])
-    except OSError as error:
-        raise UserError(f"--out {out}: could not be written ({error.strerror or error})") from error
 
 
 def _save_safetensors(path, state, config):

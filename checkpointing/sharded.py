@@ -14,7 +14,6 @@ torch's sharding and distributed checkpoints are imported where they are used, s
 seconds, and most commands need neither.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -23,9 +22,10 @@ import warnings
 import torch
 
 from models import DiT
-from runtime.cli import UserError
+from runtime.cli import user_errors
 
 PLAIN, SIZES = "plain.pt", "sizes.json"
+UNWRITTEN = "could not be written; earlier checkpoints stand; make room and run the same command again"
 # Parts of a checkpoint that are tensors by name; of the optimizer's state, those of its state by key:
 STATES = ("model", "ema", "aux_loss")
 
@@ -105,13 +105,13 @@ def save(path, contents, dist):
     tensors, plain = _split(contents)
 
     def begin():
-        with _refusing(path):
+        with _writing(path):
             shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
             torch.save(plain, os.path.join(temporary, PLAIN))
 
     def end():
-        with _refusing(path):
+        with _writing(path):
             sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in os.listdir(temporary)}
             with open(os.path.join(temporary, SIZES), "w") as file:
                 json.dump(sizes, file)
@@ -125,7 +125,7 @@ def save(path, contents, dist):
             shutil.rmtree(f"{path}.old.tmp", ignore_errors=True)
 
     dist.on_main(begin)
-    with _refusing(path), warnings.catch_warnings():
+    with _writing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that are not used here
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
@@ -133,19 +133,11 @@ def save(path, contents, dist):
     dist.on_main(end)
 
 
-@contextlib.contextmanager
-def _refusing(path):
-    """Turn what a full disk makes torch raise into a UserError."""
+def _writing(path):
+    """A context that turns what a full disk makes torch raise into a UserError."""
     from torch.distributed.checkpoint import CheckpointException
 
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: could not be written ({reason}); earlier checkpoints stand; make room and run the same"
-            " command again"
-        ) from error
+    return user_errors(path, UNWRITTEN, (OSError, RuntimeError, CheckpointException))
 
 
 def is_complete(path):

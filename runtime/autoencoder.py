@@ -3,12 +3,11 @@
 Both classes have the same interface: channels and factor (how many times smaller), image_channels, encode,
 decode, and `config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
 
-import contextlib
 import os
 
 import torch
 
-from runtime.cli import UserError, torch_defaults
+from runtime.cli import UserError, torch_defaults, user_errors
 
 # What --vae calls the two decoders that the paper's samples were made with:
 PUBLISHED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -116,7 +115,7 @@ def describe_vae(name, image_channels):
         return image_channels, 1, image_channels
     if name in PUBLISHED_VAES.values():
         return 4, 8, 3  # known without a network
-    with _refusing_vae(name):
+    with _loading_vae(name):
         from diffusers import AutoencoderKL
 
         config = AutoencoderKL.load_config(name)
@@ -142,9 +141,8 @@ def add_vae_argument(parser, default, pixels=", or none to work on pixels", unna
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _refusing_vae(name):
-    """Turn what diffusers raises for a VAE that is not there, or not one, into a UserError."""
+def _loading_vae(name):
+    """A context that turns what diffusers raises, where a VAE is not there or not one, into UserErrors."""
     is_folder = os.path.isdir(name)
     if is_folder and not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
@@ -154,18 +152,15 @@ def _refusing_vae(name):
         raise UserError(
             f"--vae {name}: no such folder; give ema, mse, a hub id as owner/name, a folder, or none"
         )
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        remedy = "check the name and the network, or give a folder with a copy of it"
-        if is_folder:
-            remedy = "save it again with AutoencoderKL.save_pretrained"
-        raise UserError(f"--vae {name}: cannot be loaded; {remedy} ({reason})") from error
+    remedy = "check the name and the network, or give a folder with a copy of it"
+    if is_folder:
+        remedy = "save it again with AutoencoderKL.save_pretrained"
+    errors = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+    return user_errors(f"--vae {name}", f"cannot be loaded; {remedy}", errors)
 
 
 def _load_autoencoder_kl(name):
-    with _refusing_vae(name):
+    with _loading_vae(name):
         # Imported here, since it takes seconds that a pixel model need not wait:
         from diffusers import AutoencoderKL
 

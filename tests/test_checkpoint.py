@@ -38,7 +38,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     message = refusal(checkpoints.save, path, dict(model=dict(a=torch.zeros(3))))
-    assert "could not be written (No space left on device); earlier checkpoints stand" in message
+    assert "could not be written; earlier checkpoints stand; make room" in message
+    assert message.endswith("(No space left on device)")
     assert os.listdir(tmp_path) == [path.name]
     assert checkpoints.load(path).state_dict()["a"].tolist() == [1, 1, 1]
 

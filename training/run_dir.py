@@ -19,7 +19,7 @@ import time
 from filelock import FileLock, Timeout
 
 from checkpointing import files as checkpoints
-from runtime.cli import UserError, atomic_write, is_locked
+from runtime.cli import UserError, atomic_write, is_locked, user_errors
 from runtime.distributed import identify, is_gone
 from runtime.image_io import check_folder
 from training.run_log import WANDB_ID
@@ -52,7 +52,7 @@ class Experiment:
 
     def __init__(self, args, agents=()):
         self.resumed, self.lock, self.agents = None, None, sorted({*agents} - {None})
-        with refusing(args):
+        with writing(args):
             self._open(args.results_dir)
             if args.resume == "auto":
                 self.folder = self._find_restarted(args) or self._find_unfinished(args)
@@ -72,7 +72,7 @@ class Experiment:
     def prepare_resume(self, args):
         """Make the folder that of a run which goes on from `resumed`, with these options. UserError where it
         cannot be written to."""
-        with refusing(args):
+        with writing(args):
             checkpoints.retain(self.checkpoints, 0)
             later = checkpoints.set_aside(
                 self.checkpoints, checkpoints.step_of(self.resumed) if self.resumed else 0
@@ -233,15 +233,9 @@ def free_folders(args):
         yield os.path.join(args.results_dir, f"{number:03d}-{name}")
 
 
-@contextlib.contextmanager
-def refusing(args):
-    """Turn a failure to write into a UserError that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--results-dir {args.results_dir}: cannot be written to ({error.strerror})"
-        ) from error
+def writing(args):
+    """A context that turns a failure to write into a UserError that names the flag."""
+    return user_errors(f"--results-dir {args.results_dir}", "cannot be written to", OSError)
 
 
 def numbered_runs(results_dir):
