@@ -107,8 +107,8 @@ class Sampler:
         cfg_interval  (low, high], the noise levels sigma / alpha that are guided
         cfg_schedule  "constant", or "power-cosine"
         steps         denoising steps; for ddpm and ddim also a spacing as "10,15,20" or "ddim50"
-        sampler       of a diffusion: "ddpm", "ddim", "dpm++", "euler" or "heun"; of a flow: "euler", "heun",
-                      "sde", "dpm++" or "ddim"
+        sampler       one of the process's `samplers`: "ddpm", of a diffusion alone, "ddim", "dpm++", "euler",
+                      "heun", or "sde", of a flow alone
         batch_size    images at a time; does not change them
         published_draws    draw as the published sample.py does with the (one) seed: the same picture from
                            the same weights, but an image then depends on its place among the others

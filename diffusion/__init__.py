@@ -1,21 +1,13 @@
 """Processes that turn noise into images: how they are trained and sampled."""
 
 from .flow_matching import PATHS, FlowMatching
-from .gaussian_diffusion import (
-    GaussianDiffusion,
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    get_named_beta_schedule,
-)
+from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .guidance import SCHEDULES, Guidance
 from .respace import SpacedDiffusion, space_timesteps
-
-# What --sampler can name; each process has its own of them:
-SAMPLERS = tuple(dict.fromkeys([*GaussianDiffusion.samplers, *FlowMatching.samplers]))
+from .solvers import SOLVERS
 
 __all__ = [
-    "PATHS", "SAMPLERS", "SCHEDULES", "FlowMatching", "Guidance", "SpacedDiffusion", "create_diffusion",
+    "PATHS", "SCHEDULES", "SOLVERS", "FlowMatching", "Guidance", "SpacedDiffusion", "create_diffusion",
     "create_flow", "create_process", "space_timesteps",
 ]  # fmt: skip
 

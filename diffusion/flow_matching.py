@@ -8,12 +8,11 @@ is its derivative, alpha'(t) data + sigma'(t) noise.
 """
 
 import math
-import operator
 
 import torch
 
 from .diffusion_utils import mean_flat
-from .solvers import SOLVERS, Point, run_solver
+from .solvers import SOLVERS, Point, check_sampler, default_steps, run_solver, samplers_of, whole_steps
 
 
 class LinearPath:
@@ -106,8 +105,8 @@ class FlowMatching:
     """
 
     num_timesteps = 1  # times lie in [0, num_timesteps]
-    samplers = ("euler", "heun", "sde", "dpm++", "ddim")
-    sampling = dict(sampler="euler", steps="50")  # unless told otherwise
+    objective = "flow"
+    sampling = dict(sampler="euler", steps=default_steps("euler"))  # unless told otherwise
 
     def __init__(
         self, path="linear", prediction="velocity", time_sampling="uniform", time_mean=0.0, time_std=1.0,
@@ -198,16 +197,13 @@ class FlowMatching:
     def count_steps(self, sampler, steps=None):
         """How many steps `sample` takes, and how often it calls back. Raises ValueError for what it cannot
         do."""
-        if sampler not in self.samplers:
-            raise ValueError(f"sampler {sampler!r}: a flow has {', '.join(self.samplers)}")
-        try:
-            steps = 50 if steps is None else steps
-            count = int(steps) if isinstance(steps, str) else operator.index(steps)
-        except (ValueError, TypeError):
-            raise ValueError(f"{steps!r} is not a number of steps") from None
-        if count < 1:
-            raise ValueError(f"{count} steps: there must be at least 1")
-        return count
+        check_sampler(sampler, self.objective)
+        return whole_steps(self.sampling["steps"] if steps is None else steps, sampler)
+
+    @property
+    def samplers(self):
+        """The names that `sample` takes."""
+        return samplers_of(self.objective)
 
     def points(self, steps):
         """The points of a solver, from noise to data; their times are evenly apart, before the shift."""
@@ -254,7 +250,7 @@ class FlowMatching:
     ):  # fmt: skip
         """Flow from noise (N, C, …) to x (N, C, …).
 
-        sampler      "euler", "heun", "ddim", "dpm++", or "sde", Euler-Maruyama
+        sampler      one of `samplers`
         steps        how many; 50 by default
         guidance, randn_like, callback   as GaussianDiffusion.sample's
         """
@@ -263,7 +259,7 @@ class FlowMatching:
         predict = self._predictor(model, guidance, model_kwargs, clip_denoised)
         x = noise * points[0].sigma  # the signal there, 1/80 at most, is left out
         states = SOLVERS[sampler](predict, x, points, randn_like)
-        return run_solver(states, x, [point.clock for point in points], callback)
+        return run_solver(states, x, [point.clock for point in points[:-1]], callback)
 
     def invert(self, model, x_start, *, steps=None, model_kwargs=None, callback=None, clip_denoised=False):
         """The noise (N, C, …) that flows to about x_start: the same straight steps, the other way."""
@@ -271,5 +267,5 @@ class FlowMatching:
         if points[0].time is None:  # where the model knows nothing, it is asked next to it
             points = points[1:]
         states = SOLVERS["ddim"](self._predictor(model, None, model_kwargs, clip_denoised), x_start, points)
-        x = run_solver(states, x_start, [point.clock for point in points], callback)
+        x = run_solver(states, x_start, [point.clock for point in points[:-1]], callback)
         return x / points[-1].sigma

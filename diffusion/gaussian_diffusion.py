@@ -12,7 +12,6 @@ import enum
 import functools
 import itertools
 import math
-import operator
 from collections import deque
 
 import numpy as np
@@ -28,14 +27,12 @@ from .schedules import (
     respaced_betas,
     space_timesteps,
 )
-from .solvers import SOLVERS, Point, run_solver
+from .solvers import SOLVERS, Point, check_sampler, default_steps, run_solver, samplers_of, whole_steps
 
 __all__ = [
     "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar",
     "get_beta_schedule", "get_named_beta_schedule",
 ]  # fmt: skip
-# The samplers that walk the steps of a (re)spaced process, as published; the others solve its ODE:
-SPACED_SAMPLERS = ("ddpm", "ddim")
 
 
 class ModelMeanType(enum.Enum):
@@ -76,8 +73,8 @@ class GaussianDiffusion:
     config: plain data from which create_process builds the process again.
     """
 
-    samplers = (*SPACED_SAMPLERS, "dpm++", "euler", "heun")
-    sampling = dict(sampler="ddpm", steps="250")  # unless told otherwise
+    objective = "diffusion"
+    sampling = dict(sampler="ddpm", steps=default_steps("ddpm"))  # unless told otherwise
 
     def __init__(
         self, *, betas, model_mean_type, model_var_type, loss_type, timestep_map=None, original_betas=None,
@@ -380,20 +377,23 @@ class GaussianDiffusion:
     def count_steps(self, sampler, steps=None):
         """How many steps `sample` takes, and how often it calls back. Raises ValueError for what it cannot
         do."""
-        if sampler not in self.samplers:
-            raise ValueError(f"sampler {sampler!r}: a diffusion has {', '.join(self.samplers)}")
-        if sampler in SPACED_SAMPLERS:
+        check_sampler(sampler, self.objective)
+        if self._walks(sampler):
             return len(self._steps_to_walk(steps))
-        most = self.noisiest_step
         if steps is None:
-            return min(self.num_timesteps, most)
-        try:
-            count = int(steps) if isinstance(steps, str) else operator.index(steps)
-        except (ValueError, TypeError):
-            raise ValueError(f"{steps!r} is not a number of steps, and {sampler} takes no other") from None
-        if not 1 <= count <= most:
-            raise ValueError(f"{count} steps: must be between 1 and {most}")
-        return count
+            return min(self.num_timesteps, self.noisiest_step)
+        return whole_steps(steps, sampler, most=self.noisiest_step)
+
+    @property
+    def samplers(self):
+        """The names that `sample` takes."""
+        return samplers_of(self.objective)
+
+    @staticmethod
+    def _walks(sampler):
+        """Whether a sampler walks the steps of a (re)spaced process, as published: ddpm and ddim. The others
+        solve its ODE."""
+        return sampler == "ddim" or SOLVERS[sampler].function is None
 
     @functools.cached_property
     def noisiest_step(self):
@@ -427,24 +427,23 @@ class GaussianDiffusion:
     ):  # fmt: skip
         """Denoise: noise (N, C, …) to x (N, C, …).
 
-        sampler      one of `samplers`: "ddpm" (ancestral), or deterministic ones, good with fewer
-                     steps: "ddim", "dpm++", "euler", "heun"
+        sampler      one of `samplers`: "ddpm" (ancestral), or a solver, good with fewer steps
         steps        how many; for ddpm and ddim also a spacing as "10,15,20" or "ddim50"; None for as many as
                      this process has
         guidance     turns the model into a guided one; see guidance.py
-        randn_like   takes the place of torch.randn_like, called once a step by ddpm, and not otherwise
+        randn_like   takes the place of torch.randn_like in a stochastic sampler; ddpm calls it once a step
         callback     called after every step with a dict of i (steps done so far), t (the model's time), x,
                      pred_xstart
         """
         count = self.count_steps(sampler, steps)
         options = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised)
-        if sampler in SPACED_SAMPLERS:
+        if self._walks(sampler):
             process = self._to_walk(steps)
             states = process._ancestral_or_ddim(model, noise, sampler, guidance, randn_like, **options)
             times = process.timestep_map[::-1].tolist()
         else:
             points = self.points(count)
-            states = SOLVERS[sampler](self._predictor(model, guidance, **options), noise, points)
+            states = SOLVERS[sampler](self._predictor(model, guidance, **options), noise, points, randn_like)
             times = [point.time for point in points[:-1]]
         return run_solver(states, noise, times, callback)
 

@@ -7,7 +7,8 @@ from numbers import Integral, Real
 
 import torch
 
-from diffusion import SAMPLERS, SCHEDULES, Guidance
+from diffusion import SCHEDULES, SOLVERS, Guidance
+from diffusion.solvers import default_steps, samplers_of
 from models import DiT_models, null_label
 from runtime.autoencoder import add_vae_argument
 from runtime.cli import UserError, int_at_least, user_errors
@@ -18,8 +19,6 @@ from runtime.distributed import add_precision_argument
 # What a process is sampled by, it says itself.
 FID_CFG_SCALE = 1.5  # with which the paper's best numbers were made
 DEFAULTS = dict(cfg_scale=4.0, cfg_channels=None, cfg_interval=None, cfg_schedule="constant")
-# Steps of a sampler that is asked for in place of the default one:
-STEPS = {"ddpm": "250", "ddim": "50", "dpm++": "25", "euler": "50", "heun": "25", "sde": "250"}
 
 
 def as_plain(value):
@@ -84,7 +83,7 @@ def resolve_sampling_options(model_config, process, defaults, *, labels=None, ha
     if has_guide and given.get("cfg_scale") is None and options["cfg_scale"] == 1:
         raise UserError("--guide: this run samples with --cfg-scale 1, where nothing guides; give another")
     if given.get("steps") is None and options["sampler"] != defaults["sampler"]:
-        options["steps"] = STEPS.get(options["sampler"])
+        options["steps"] = default_steps(options["sampler"])
     channels = model_config["in_channels"]
     if options["cfg_channels"] is None:
         options["cfg_channels"] = 3 if channels == 4 else "all"
@@ -214,6 +213,7 @@ def add_checkpoint_arguments(parser, default_vae="mse"):
 
 def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):
     """--cfg-scale and its kin, --num-sampling-steps and --sampler. cfg_scale: for a run without its own."""
+    of_diffusion, of_flow = (", ".join(samplers_of(objective)) for objective in ("diffusion", "flow"))
     # fmt: off
     group.add_argument("--cfg-scale", type=float, default=None, metavar="SCALE",
                        help="classifier-free guidance: 1 for none, more for clearer and less varied images"
@@ -230,11 +230,12 @@ def add_sampling_arguments(group, cfg_scale=DEFAULTS["cfg_scale"]):
     group.add_argument("--num-sampling-steps", type=str, default=None, metavar="STEPS",
                        help="denoising steps: a number; for ddpm and ddim also sections as 10,15,20, or a"
                        " stride as ddim50 (default: the run's own; with another --sampler than the run's, "
-                       + ", ".join(f"{steps} for {name}" for name, steps in STEPS.items()) + ")")
-    group.add_argument("--sampler", choices=list(SAMPLERS), default=None,
-                       help="of a diffusion: ddpm, ancestral, or, deterministic, ddim, dpm++ (2M, best with"
-                       " few steps), euler, heun (two evaluations a step); of a flow: euler, heun, dpm++, sde"
-                       " (default: the run's own; ddpm, or euler for a flow, where it has none)")
+                       + ", ".join(f"{solver.steps} for {name}" for name, solver in SOLVERS.items()) + ")")
+    group.add_argument("--sampler", choices=list(SOLVERS), default=None,
+                       help=f"of a diffusion: {of_diffusion}; of a flow: {of_flow}; dpm++ is best with few"
+                       " steps, heun calls the model twice a step, "
+                       + " and ".join(name for name, solver in SOLVERS.items() if solver.stochastic)
+                       + " draw noise (default: the run's own; ddpm, or euler for a flow, where it has none)")
     # fmt: on
 
 

@@ -287,7 +287,7 @@ def test_config_round_trip():
     again = create_process(flow.config)
     assert again.config == flow.config and again.count_steps("euler", "7") == 7
     assert np.allclose([p.alpha for p in again.points(5)], [p.alpha for p in flow.points(5)])
-    assert set(again.samplers) == set(SOLVERS)
+    assert set(again.samplers) == set(SOLVERS) - {"ddpm"}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_config_round_trip():
         (lambda: create_flow(prediction="x"), "prediction 'x': choose one of velocity, noise, score, data"),
         (lambda: create_flow(time_sampling="x"), "time_sampling 'x': choose one of uniform, logit-normal"),
         (lambda: create_flow(shift=0), "must be more than 0"),
-        (lambda: create_flow().count_steps("ddpm", 5), "sampler 'ddpm': a flow has euler, heun, sde"),
+        (lambda: create_flow().count_steps("ddpm", 5), "sampler 'ddpm': a flow has ddim, dpm"),
         (lambda: create_flow().count_steps("euler", "ddim50"), "'ddim50' is not a number of steps"),
         (lambda: create_flow().count_steps("euler", 0), "0 steps: there must be at least 1"),
         (

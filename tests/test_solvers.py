@@ -14,7 +14,7 @@ from diffusion.solvers import SOLVERS, Point
 
 SAMPLERS = create_diffusion(None).samplers
 SOLVED = [name for name in SAMPLERS if name not in ("ddpm", "ddim")]
-ODES = [name for name in SOLVERS if name != "sde"]
+ODES = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 
 
 def slope_and_offset(sample):

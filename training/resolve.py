@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from diffusion import create_process
+from diffusion.solvers import default_steps
 from evaluation.inception import read_fid_reference, read_weights
 from models import DiT_models
 from runtime.autoencoder import VAE, describe_vae, load_autoencoder, resolve_vae
 from runtime.cli import UserError, is_utf8, user_errors
 from sampling.options import (
     DEFAULTS,
-    STEPS,
     check_sampling_options,
     resolve_sampling_options,
     sampling_options,
@@ -277,7 +277,7 @@ def given_sampling(args):
     """How this run's checkpoints are sampled, as far as its options say."""
     given = {name: value for name, value in sampling_options(args).items() if value is not None}
     if "sampler" in given:
-        given.setdefault("steps", STEPS[given["sampler"]])
+        given.setdefault("steps", default_steps(given["sampler"]))
     return given
 
 
