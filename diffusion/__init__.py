@@ -25,8 +25,7 @@ def create_diffusion(
     """A Gaussian diffusion; the defaults are those of the paper, for training.
 
     timestep_respacing   which steps to keep: None or "" for all, 250 or "250", "10,15,20", "ddim50"
-    noise_schedule       "linear", "squaredcos_cap_v2" (or "cosine"), "quad", "const", "warmup10", "warmup50",
-                         "jsd"
+    noise_schedule       one of schedules.NOISE_SCHEDULES: "linear", "squaredcos_cap_v2" and others
     use_kl               train by the variational bound alone, rather than by the squared error
     sigma_small          without learned variance: the posterior variance rather than beta
     predict_xstart       the model predicts x_start rather than the noise

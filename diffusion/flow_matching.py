@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from runtime.cli import require_parts
+
 from .diffusion_utils import mean_flat
 from .solvers import SOLVERS, Point, check_sampler, default_steps, run_solver, samplers_of, whole_steps
 
@@ -57,7 +59,20 @@ class VPPath:
         return sigma, -alpha * slope / sigma
 
 
+# The choices of --flow-path: start and end, the times between which sampling goes, and alpha(t) and sigma(t),
+# each with its derivative, of tensors of any shape:
 PATHS = {"linear": LinearPath, "gvp": GVPPath, "vp": VPPath}
+
+
+def check_path(name):
+    """Raise ValueError for a row of PATHS that is not such a class."""
+    require_parts(f"path {name!r}", PATHS[name], "start", "end", "alpha", "sigma")
+    for part in ("alpha", "sigma"):
+        values = getattr(PATHS[name](), part)(torch.full((2,), 0.5, dtype=torch.float64, device="cpu"))
+        if not isinstance(values, tuple) or [value.shape for value in values] != [(2,)] * 2:
+            raise ValueError(f"path {name!r}: {part}(t) must give its value and its derivative, as t")
+
+
 # How training times are drawn:
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 # Where a prediction says nothing of the data at pure noise, sampling begins this much after: the first step
@@ -94,9 +109,9 @@ PREDICTIONS = {"velocity": velocity, "noise": noise, "score": score, "data": dat
 class FlowMatching:
     """A flow along a path, and how a model is trained for it and sampled with it.
 
-    path           "linear", "gvp" or "vp"
-    prediction     what the model gives: "velocity", "noise", "score" or "data"
-    time_sampling  of training: "uniform", or "logit-normal", sigmoid(mean + std · normal)
+    path           one of PATHS: "linear", "gvp", "vp"
+    prediction     what the model gives, one of PREDICTIONS: "velocity", "noise", "score", "data"
+    time_sampling  of sample_t: "uniform", or "logit-normal", sigmoid(mean + std · normal)
     shift          a: times t become a t / (1 + (a - 1) t), in training and sampling; above 1, noisier ones
     time_scale     what the model is told is t times this: 1000, the range its time embedding is made for
     published_sit  the model is one of SiT's, in which t runs the other way, velocities point at data, and a
@@ -119,6 +134,7 @@ class FlowMatching:
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")
+        check_path(path)
         if not shift > 0 or not time_std > 0 or not time_scale > 0:
             raise ValueError("shift, time_std and time_scale: must be more than 0")
         self.config = dict(

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from functools import partial
 
 import numpy as np
 
@@ -10,44 +11,31 @@ START_LEVEL = 80.0  # the highest one of Karras et al., arXiv 2206.00364
 STEEP = 20.0  # a cliff: ln(alpha) falls this fast, over all steps as one; the linear schedule's end by 10
 
 
-def get_beta_schedule(beta_schedule, *, beta_start, beta_end, num_diffusion_timesteps):
-    """Betas, float64 (num_diffusion_timesteps,), of DDPM's schedules between two values."""
-    steps = num_diffusion_timesteps
-
-    def warmup(share):
-        betas, rising = np.full(steps, beta_end, dtype=np.float64), int(steps * share)
-        betas[:rising] = np.linspace(beta_start, beta_end, rising, dtype=np.float64)
+def _warmup(share):
+    def betas(start, end, steps):
+        betas, rising = np.full(steps, end, dtype=np.float64), int(steps * share)
+        betas[:rising] = np.linspace(start, end, rising, dtype=np.float64)
         return betas
 
-    schedules = {
-        "linear": lambda: np.linspace(beta_start, beta_end, steps, dtype=np.float64),
-        "quad": lambda: np.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=np.float64) ** 2,
-        "const": lambda: np.full(steps, beta_end, dtype=np.float64),
-        "warmup10": lambda: warmup(0.1),
-        "warmup50": lambda: warmup(0.5),
-        "jsd": lambda: 1.0 / np.linspace(steps, 1, steps, dtype=np.float64),
-    }
-    if beta_schedule not in schedules:
-        raise ValueError(f"noise schedule {beta_schedule!r}: choose one of {', '.join(schedules)}")
-    return schedules[beta_schedule]()
+    return betas
 
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """Betas of a schedule by name, which keeps its shape whatever the number of steps.
+# DDPM's schedules between two values: functions of (start, end, steps) to betas, float64 (steps,)
+SCHEDULES_BETWEEN = {
+    "linear": lambda start, end, steps: np.linspace(start, end, steps, dtype=np.float64),
+    "quad": lambda start, end, steps: np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2,
+    "const": lambda start, end, steps: np.full(steps, end, dtype=np.float64),
+    "warmup10": _warmup(0.1),
+    "warmup50": _warmup(0.5),
+    "jsd": lambda start, end, steps: 1.0 / np.linspace(steps, 1, steps, dtype=np.float64),
+}
 
-    "linear" (DDPM's, scaled from 1000 steps), "squaredcos_cap_v2" or "cosine" (improved DDPM, eq. 17), or one
-    of get_beta_schedule's, between the same ends as linear."""
-    if schedule_name in ("squaredcos_cap_v2", "cosine"):
-        return betas_for_alpha_bar(
-            num_diffusion_timesteps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        )
-    scale = 1000 / num_diffusion_timesteps
-    return get_beta_schedule(
-        schedule_name,
-        beta_start=scale * 0.0001,
-        beta_end=scale * 0.02,
-        num_diffusion_timesteps=num_diffusion_timesteps,
-    )
+
+def get_beta_schedule(beta_schedule, *, beta_start, beta_end, num_diffusion_timesteps):
+    """Betas, float64 (num_diffusion_timesteps,), of one of SCHEDULES_BETWEEN."""
+    if beta_schedule not in SCHEDULES_BETWEEN:
+        raise ValueError(f"noise schedule {beta_schedule!r}: choose one of {', '.join(SCHEDULES_BETWEEN)}")
+    return SCHEDULES_BETWEEN[beta_schedule](beta_start, beta_end, num_diffusion_timesteps)
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
@@ -55,6 +43,40 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     steps = num_diffusion_timesteps
     ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
     return np.array([min(1 - ratio, max_beta) for ratio in ratios], dtype=np.float64)
+
+
+def cosine(steps):
+    """Betas of improved DDPM's schedule (arXiv 2102.09672, eq. 17)."""
+    return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def _scaled(name, steps):
+    scale = 1000 / steps
+    return get_beta_schedule(
+        name, beta_start=scale * 0.0001, beta_end=scale * 0.02, num_diffusion_timesteps=steps
+    )
+
+
+# The choices of --noise-schedule: functions of the number of steps to betas (steps,) in (0, 1]. DDPM's keep
+# their shape, scaled from 1000 steps.
+NOISE_SCHEDULES = {
+    **{name: partial(_scaled, name) for name in SCHEDULES_BETWEEN},
+    "squaredcos_cap_v2": cosine,
+}
+
+
+def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+    """Betas, float64 (num_diffusion_timesteps,), of one of NOISE_SCHEDULES; "cosine" is squaredcos_cap_v2."""
+    name = "squaredcos_cap_v2" if schedule_name == "cosine" else schedule_name
+    if name not in NOISE_SCHEDULES:
+        raise ValueError(f"noise schedule {name!r}: choose one of {', '.join(NOISE_SCHEDULES)}")
+    betas = np.asarray(NOISE_SCHEDULES[name](num_diffusion_timesteps), dtype=np.float64)
+    if betas.shape != (num_diffusion_timesteps,) or not (betas > 0).all():
+        raise ValueError(
+            f"noise schedule {name!r}: must give {num_diffusion_timesteps} betas above 0, and gave"
+            f" {betas.shape} from {betas.min(initial=1)}"
+        )
+    return betas
 
 
 def space_timesteps(num_timesteps, section_counts):

@@ -6,16 +6,37 @@ from abc import ABC, abstractmethod
 import torch
 import torch.distributed as dist
 
+from runtime.cli import require_parts
+
 
 def create_named_schedule_sampler(name, diffusion):
-    """A ScheduleSampler over the steps of a process: "uniform" or "loss-second-moment"."""
-    if name not in SCHEDULE_SAMPLERS:
-        raise ValueError(f"timestep sampler {name!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}")
+    """A ScheduleSampler over the times of a process: one of SCHEDULE_SAMPLERS that serves its objective."""
+    serving = timestep_samplers_of(diffusion.objective)
+    if name not in serving:
+        raise ValueError(f"timestep sampler {name!r}: a {diffusion.objective} takes {' or '.join(serving)}")
     return SCHEDULE_SAMPLERS[name](diffusion)
 
 
+def timestep_samplers_of(objective):
+    """The names of the samplers that serve "diffusion" or "flow". Raises ValueError for an incomplete row."""
+    parts = ("objectives", "sample", "update_with_local_losses", "state_dict", "load_state_dict")
+    for name, row in SCHEDULE_SAMPLERS.items():
+        require_parts(f"timestep sampler {name!r}", row, *parts)
+        if "flow" in row.objectives and row.sample is ScheduleSampler.sample:
+            raise ValueError(
+                f"timestep sampler {name!r}: draws whole steps; for a flow, extend UniformSampler"
+            )
+    return tuple(name for name, row in SCHEDULE_SAMPLERS.items() if objective in row.objectives)
+
+
 class ScheduleSampler(ABC):
-    """A distribution over steps. Importance weights keep the expected loss what it is under uniform steps."""
+    """A distribution over steps. Importance weights keep the expected loss what it is under uniform steps.
+
+    A row of SCHEDULE_SAMPLERS says which objectives it serves. The times of a flow are no whole steps; one
+    that serves it extends UniformSampler, with a `sample` of its own.
+    """
+
+    objectives = ("diffusion",)
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
@@ -46,6 +67,8 @@ class ScheduleSampler(ABC):
 class UniformSampler(ScheduleSampler):
     """Every step as often as any other."""
 
+    objectives = ("diffusion", "flow")
+
     def weights(self):
         return torch.ones(self.diffusion.num_timesteps, dtype=torch.float64, device="cpu")
 
@@ -56,6 +79,8 @@ class UniformSampler(ScheduleSampler):
 
 class LogitNormalSampler(UniformSampler):
     """A flow's own times, drawn from its logit-normal distribution (see FlowMatching)."""
+
+    objectives = ("flow",)
 
 
 class LossAwareSampler(ScheduleSampler):

@@ -37,6 +37,16 @@ def user_errors(subject, message="", errors=ValueError):
         raise UserError(f"{subject}: {message} ({reason})" if message else f"{subject}: {reason}") from error
 
 
+def require_parts(what, row, *names):
+    """Raise ValueError for a class in a dict of choices that lacks any of these methods and attributes.
+    what: the choice, as "block 'toy'"."""
+    nothing = (None, torch.nn.Module.forward)  # which raises, for a subclass to replace
+    missing = [name for name in names if getattr(row, name, None) in nothing]
+    missing += sorted(getattr(row, "__abstractmethods__", ()))
+    if missing:
+        raise ValueError(f"{what}: {getattr(row, '__name__', row)} lacks {', '.join(missing)}")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """A file to write that stands under its name only when complete and on the disk, or not at all.

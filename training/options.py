@@ -4,6 +4,7 @@ import argparse
 
 from diffusion import PATHS
 from diffusion.flow_matching import PREDICTIONS
+from diffusion.schedules import NOISE_SCHEDULES
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from evaluation.inception import add_inception_arguments
 from models import BLOCKS, FFNS, POS_EMBEDS, DiT_models
@@ -156,7 +157,7 @@ def _add_model_arguments(group):
     group.add_argument("--time-shift", type=float_above(0), default=1.0, metavar="FACTOR",
                        help="times t of a flow become FACTOR t / (1 + (FACTOR - 1) t): noisier above 1"
                        " (default: 1)")
-    group.add_argument("--noise-schedule", choices=("linear", "squaredcos_cap_v2"), default="linear",
+    group.add_argument("--noise-schedule", choices=list(NOISE_SCHEDULES), default="linear",
                        help="how noise grows over the 1000 steps (default: linear)")
     # fmt: on
 

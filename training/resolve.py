@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from diffusion import create_process
+from diffusion.flow_matching import TIME_SAMPLINGS
 from diffusion.solvers import default_steps
+from diffusion.timestep_sampler import timestep_samplers_of
 from evaluation.inception import read_fid_reference, read_weights
 from models import DiT_models
 from runtime.autoencoder import VAE, describe_vae, load_autoencoder, resolve_vae
@@ -152,11 +154,11 @@ def check_objective(args):
     for name in other[args.objective]:
         if name in args.by_hand and getattr(args, name) is not False:
             raise UserError(f"--{name.replace('_', '-')}: has no meaning with --objective {args.objective}")
-    only = dict(diffusion="loss-second-moment", flow="logit-normal")
-    if args.timestep_sampler not in ("uniform", only[args.objective]):
+    serving = timestep_samplers_of(args.objective)
+    if args.timestep_sampler not in serving:
         raise UserError(
-            f"--timestep-sampler {args.timestep_sampler}: --objective {args.objective} takes uniform or"
-            f" {only[args.objective]}"
+            f"--timestep-sampler {args.timestep_sampler}: --objective {args.objective} takes"
+            f" {' or '.join(serving)}"
         )
     if args.objective == "flow":
         args.learn_sigma = False
@@ -290,7 +292,7 @@ def process_config(args):
         )  # fmt: skip
     return dict(
         objective="flow", path=args.flow_path, prediction=args.flow_prediction, shift=args.time_shift,
-        time_sampling=args.timestep_sampler,
+        time_sampling=args.timestep_sampler if args.timestep_sampler in TIME_SAMPLINGS else "uniform",
     )  # fmt: skip
 
 
