@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.cli import Parser, UserError, launch
+from runtime.cli import Parser, int_at_least, launch, require_parts
 from runtime.flops import count_activation_bytes, count_macs
 
 __all__ = [
@@ -53,9 +53,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
         self.frequency_embedding_size = frequency_embedding_size
 
@@ -77,26 +75,49 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Class labels (N,) to vectors (N, D). In training a share of them becomes the null label `num_classes`,
-    which classifier-free guidance (Ho & Salimans, arXiv 2207.12598) reads as "no label".
+class ConditionEmbedder(nn.Module):
+    """Conditions y (N, …) to vectors (N, D). In training a share of them becomes the null condition, which
+    classifier-free guidance (Ho & Salimans, arXiv 2207.12598) reads as "none".
 
-    The table has the null row only where dropout_prob > 0.
+    A row of CONDITIONS, which data sets name as their `condition`, extends this by
+    embed(y)             conditions to vectors (N, D)
+    null_like(y)         null conditions of the shape and type of y
+    from_labels(labels)  what integers (N,) of 0 … num_classes-1, by which the commands ask, stand for
     """
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
-    def forward(self, labels, train, force_drop_ids=None):
+    def forward(self, y, train, force_drop_ids=None):
         if force_drop_ids is None and train and self.dropout_prob > 0:
-            draws = torch.rand(labels.shape[0], dtype=torch.float32, device=labels.device)
+            draws = torch.rand(y.shape[0], dtype=torch.float32, device=y.device)
             force_drop_ids = draws < self.dropout_prob
         if force_drop_ids is not None:
-            labels = torch.where(force_drop_ids.bool(), self.num_classes, labels)
+            drop = force_drop_ids.bool().view(-1, *[1] * (y.ndim - 1))
+            y = torch.where(drop, self.null_like(y), y)
+        return self.embed(y.to(next(self.parameters()).dtype) if y.is_floating_point() else y)
+
+
+class LabelEmbedder(ConditionEmbedder):
+    """Class labels (N,), of which `num_classes` is the null label. The table has its row only where
+    dropout_prob > 0."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__(num_classes, hidden_size, dropout_prob)
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def embed(self, labels):
         return self.embedding_table(labels)
+
+    def null_like(self, labels):
+        return torch.full_like(labels, self.num_classes)
+
+    def from_labels(self, labels):
+        return labels
+
+
+CONDITIONS = {"class": LabelEmbedder}
 
 
 def get_2d_sincos_pos_embed(embed_dim, grid_size):
@@ -122,8 +143,7 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size):
 
 
 def modulate(x, shift, scale):
-    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D); zeros change
-    nothing."""
+    """Scale and shift every token of x (N, T, D) by its row's shift and scale (N, D), from 1 and 0."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -212,6 +232,7 @@ class Registers(nn.Module):
         return torch.cat([x, self.tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1)
 
 
+# Classes with __init__(hidden_size, hidden_features, grid_size) and forward(x) of tokens x (N, T, D):
 FFNS = {"mlp": MLP, "conv": ConvFFN}
 
 
@@ -255,11 +276,25 @@ class PlainFinalLayer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# The paper's four blocks (its figure 3), with one signature: forward(x, c) -> x. `condition` makes, of tokens
-# and the embeddings of time and label, the tokens that enter the first block and the c that all blocks get.
+# The paper's four blocks (its figure 3), with one signature: forward(x, c) -> x
 
 
-class DiTBlock(nn.Module):
+class Block(nn.Module):
+    """What a row of BLOCKS has, beside __init__(hidden_size, num_heads, attention, ffn) and forward(x, c)."""
+
+    final_layer = PlainFinalLayer
+
+    @staticmethod
+    def condition(x, embeddings):
+        """Of tokens x (N, T, D) and the embeddings of time and label, each (N, D): the tokens that enter the
+        first block, those of x first, and the c that all blocks get."""
+        return x, torch.stack(embeddings, dim=1)  # (N, 2, D)
+
+    def initialize_zero(self):
+        """Zero what lets the block start as the identity, if anything."""
+
+
+class DiTBlock(Block):
     """Transformer block with adaLN-Zero conditioning: starts as the identity, since its gates start at 0."""
 
     final_layer = FinalLayer
@@ -301,14 +336,11 @@ class AdaLNBlock(DiTBlock):
         x = x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x
 
-    def initialize_zero(self):
-        pass
+    initialize_zero = Block.initialize_zero  # there are no gates
 
 
-class InContextBlock(nn.Module):
+class InContextBlock(Block):
     """A plain transformer block; time and label are tokens among the others."""
-
-    final_layer = PlainFinalLayer
 
     def __init__(self, hidden_size, num_heads, attention, ffn):
         super().__init__()
@@ -327,14 +359,9 @@ class InContextBlock(nn.Module):
         x = x + self.mlp(self.norm2(x))
         return x
 
-    def initialize_zero(self):
-        pass
 
-
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(Block):
     """A transformer block whose tokens also attend to those of time and label."""
-
-    final_layer = PlainFinalLayer
 
     def __init__(self, hidden_size, num_heads, attention, ffn):
         super().__init__()
@@ -345,26 +372,17 @@ class CrossAttentionBlock(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.mlp = ffn(hidden_size)
 
-    @staticmethod
-    def condition(x, embeddings):
-        return x, torch.stack(embeddings, dim=1)  # (N, 2, D)
-
     def forward(self, x, c):
         x = x + self.attn(self.norm1(x))
         x = x + self.cross_attn(self.norm2(x), c)
         x = x + self.mlp(self.norm3(x))
         return x
 
-    def initialize_zero(self):
-        pass
-
 
 BLOCKS = {
-    "adaln-zero": DiTBlock,
-    "adaln": AdaLNBlock,
-    "cross-attention": CrossAttentionBlock,
+    "adaln-zero": DiTBlock, "adaln": AdaLNBlock, "cross-attention": CrossAttentionBlock,
     "in-context": InContextBlock,
-}
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,8 +390,7 @@ BLOCKS = {
 
 
 def disable_autocast(x):
-    """Turns off autocast, on the device of x: time, conditioning and output keep the weights' own
-    precision."""
+    """Turns off autocast on the device of x, for what keeps the weights' own precision."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -387,10 +404,11 @@ class DiT(nn.Module):
     class_dropout_prob  share of labels dropped in training; 0 leaves no null label, hence no guidance
     num_classes    labels 0 … num_classes-1, the null label is num_classes; 0 or None for an unconditional
                    model
+    condition      what y is: "class", or another of CONDITIONS, whose size num_classes then is
     learn_sigma    twice the channels out: the second half interpolates the variance
                    (improved DDPM, arXiv 2102.09672, eq. 15)
     block          how time and label enter: one of BLOCKS
-    ffn            behind the attention: "mlp", or "conv" with a convolution over the patches
+    ffn            behind the attention, one of FFNS: "mlp", or "conv" with a convolution over the patches
     pos_embed      position embedding: "sincos", fixed, or "learned" from there
     registers      learned tokens beside the patches, dropped before the final layer
     qk_norm        normalise queries and keys, for the stability of long runs in bfloat16
@@ -399,23 +417,10 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        class_dropout_prob=0.1,
-        num_classes=1000,
-        learn_sigma=True,
-        block="adaln-zero",
-        ffn="mlp",
-        pos_embed="sincos",
-        registers=0,
-        qk_norm=False,
-    ):
+        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+        mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, block="adaln-zero",
+        ffn="mlp", pos_embed="sincos", registers=0, qk_norm=False, condition="class",
+    ):  # fmt: skip
         super().__init__()
         input_size = [input_size] * 2 if isinstance(input_size, int) else [int(side) for side in input_size]
         num_classes = num_classes or 0
@@ -425,6 +430,8 @@ class DiT(nn.Module):
             num_classes=num_classes, learn_sigma=learn_sigma, block=block, ffn=ffn, pos_embed=pos_embed,
             registers=registers, qk_norm=qk_norm,
         )  # fmt: skip
+        if condition != "class":  # configs that do not say so stay equal to those of earlier versions
+            self.config["condition"] = condition
         check_config(self.config)
         self.input_size, self.patch_size = tuple(input_size), patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
@@ -433,7 +440,8 @@ class DiT(nn.Module):
 
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        embedder = CONDITIONS[condition]
+        self.y_embedder = embedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         # A frozen parameter rather than a buffer: the published weights and parameter counts hold it.
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=pos_embed == "learned"
@@ -456,29 +464,28 @@ class DiT(nn.Module):
 
     def initialize_weights(self):
         """Initialise as the paper does; the order of the random draws is part of the contract."""
-        for module in self.modules_in_postorder():
+
+        def initialize(module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        self.apply(initialize)  # children before their parents
         positions = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.x_embedder.grid_size)
         self.pos_embed.data.copy_(torch.from_numpy(positions).float().unsqueeze(0))
         # The patch convolution is a Linear over the values of a patch, and initialised as one.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):  # of labels
+                nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:
             layer.initialize_zero()
         for tokens in self.registers.parameters():
             nn.init.normal_(tokens, std=0.02)
-
-    def modules_in_postorder(self):
-        """Every submodule, children before their parents."""
-        found = []
-        self.apply(found.append)
-        return found
 
     def store_bfloat16(self):
         """Keep the blocks' weights, nearly all there are, in bfloat16, and run them in it: for sampling.
@@ -499,7 +506,7 @@ class DiT(nn.Module):
     @property
     def block_dtype(self):
         """The type of the blocks' weights."""
-        return self.blocks[0].mlp.fc1.weight.dtype
+        return next(self.blocks.parameters(), self.pos_embed).dtype
 
     def unpatchify(self, x):
         """Patches (N, T, p·p·C) back to images (N, C, H, W)."""
@@ -523,8 +530,8 @@ class DiT(nn.Module):
         x = self.registers(x)
         with disable_autocast(x):
             embeddings = [self.t_embedder(t)]  # each (N, D)
-        if self.y_embedder is not None:
-            embeddings.append(self.y_embedder(y, self.training, force_drop_ids))
+            if self.y_embedder is not None:
+                embeddings.append(self.y_embedder(y, self.training, force_drop_ids))
         x, c = self.condition(x, embeddings)
         # With weights stored as bfloat16 the blocks run in it; otherwise these change nothing:
         x, c_blocks = x.to(self.block_dtype), c.to(self.block_dtype)
@@ -572,9 +579,17 @@ def check_config(config):
         raise ValueError(f"input_size {height}x{width}: must be divisible by patch_size {patch_size}")
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size {hidden_size}: must be divisible by 4 and by num_heads {num_heads}")
-    for name, known in (("block", BLOCKS), ("ffn", FFNS), ("pos_embed", POS_EMBEDS)):
-        if config[name] not in known:
-            raise ValueError(f"{name} {config[name]!r}: choose one of {', '.join(known)}")
+    for name, known, parts in (
+        ("block", BLOCKS, ("final_layer", "condition", "initialize_zero", "forward")),
+        ("ffn", FFNS, ("forward",)),
+        ("condition", CONDITIONS, ("embed", "null_like", "from_labels", "forward")),
+        ("pos_embed", POS_EMBEDS, ()),
+    ):
+        choice = config.get(name, "class")
+        if choice not in known:
+            raise ValueError(f"{name} {choice!r}: choose one of {', '.join(known)}")
+        if parts:
+            require_parts(f"{name} {choice!r}", known[choice], *parts)
     if config["registers"] < 0:
         raise ValueError(f"registers {config['registers']}: must be 0 or more")
     if not 0 <= config["class_dropout_prob"] < 1:
@@ -588,18 +603,10 @@ _S = dict(depth=12, hidden_size=384, num_heads=6)
 _B = dict(depth=12, hidden_size=768, num_heads=12)
 _L = dict(depth=24, hidden_size=1024, num_heads=16)
 _XL = dict(depth=28, hidden_size=1152, num_heads=16)
-DiT_XL_2 = partial(DiT, patch_size=2, **_XL)
-DiT_XL_4 = partial(DiT, patch_size=4, **_XL)
-DiT_XL_8 = partial(DiT, patch_size=8, **_XL)
-DiT_L_2 = partial(DiT, patch_size=2, **_L)
-DiT_L_4 = partial(DiT, patch_size=4, **_L)
-DiT_L_8 = partial(DiT, patch_size=8, **_L)
-DiT_B_2 = partial(DiT, patch_size=2, **_B)
-DiT_B_4 = partial(DiT, patch_size=4, **_B)
-DiT_B_8 = partial(DiT, patch_size=8, **_B)
-DiT_S_2 = partial(DiT, patch_size=2, **_S)
-DiT_S_4 = partial(DiT, patch_size=4, **_S)
-DiT_S_8 = partial(DiT, patch_size=8, **_S)
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (partial(DiT, patch_size=side, **_XL) for side in (2, 4, 8))
+DiT_L_2, DiT_L_4, DiT_L_8 = (partial(DiT, patch_size=side, **_L) for side in (2, 4, 8))
+DiT_B_2, DiT_B_4, DiT_B_8 = (partial(DiT, patch_size=side, **_B) for side in (2, 4, 8))
+DiT_S_2, DiT_S_4, DiT_S_8 = (partial(DiT, patch_size=side, **_S) for side in (2, 4, 8))
 DiT_models = {
     "DiT-XL/2": DiT_XL_2, "DiT-XL/4": DiT_XL_4, "DiT-XL/8": DiT_XL_8,
     "DiT-L/2": DiT_L_2, "DiT-L/4": DiT_L_4, "DiT-L/8": DiT_L_8,
@@ -610,12 +617,8 @@ DiT_models = {
 
 def main(args):
     """Print the table of all models at --image-size, and what training one image keeps in memory."""
-    if args.image_size < 64 or args.image_size % 64:
-        raise UserError(f"--image-size {args.image_size}: must be a multiple of 64 (the VAE's 8 x patch 8)")
-    side = args.image_size // 8
-    print(
-        f"{args.image_size}x{args.image_size} images, latents {side}x{side}x4, one forward pass of one image"
-    )
+    size, side = args.image_size, args.image_size // 8
+    print(f"{size}x{size} images, latents {side}x{side}x4, one forward pass of one image")
     print(f"{'model':<10}{'tokens':>8}{'parameters':>14}{'GMACs':>9}{'GFLOPs':>9}{'activations, MiB':>18}")
     for name, build in DiT_models.items():
         with torch.device("meta"):
@@ -637,12 +640,9 @@ def build_parser():
     """The command-line options."""
     parser = Parser(description=main.__doc__)
     parser.add_argument(
-        "--image-size",
-        type=int,
-        default=256,
-        metavar="PIXELS",
-        help="side of the images, of which the VAE makes latents 8 times smaller (default: 256)",
-    )
+        "--image-size", type=int_at_least(64, multiple_of=64), default=256, metavar="PIXELS",
+        help="side of the images, a multiple of 64: the VAE's 8 x patch 8 (default: 256)",
+    )  # fmt: skip
     return parser
 
 

@@ -100,7 +100,8 @@ class Sampler:
     ):
         """Images (N, C, H, W), float in [0, 1], on the CPU.
 
-        n_or_labels   how many, with random labels; or the label of each, of 0 … num_classes-1
+        n_or_labels   how many, with random labels; or the label of each, of 0 … num_classes-1; or, of a model
+                      of another condition than classes, a tensor of conditions (N, …)
         seeds         one a sample, or the first of N consecutive ones; None for 0 … N-1
         cfg_scale     guidance: 1 for none; refused for a model that knows no null label
         cfg_channels  how many channels are guided, or "all"
@@ -119,8 +120,9 @@ class Sampler:
         """
         count, labels, seeds = self._settle_rows(n_or_labels, seeds)
         options = self.settle(
-            labels=labels, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
-            cfg_schedule=cfg_schedule, steps=steps, sampler=sampler,
+            labels=None if isinstance(labels, torch.Tensor) else labels, cfg_scale=cfg_scale,
+            cfg_channels=cfg_channels, cfg_interval=cfg_interval, cfg_schedule=cfg_schedule, steps=steps,
+            sampler=sampler,
         )  # fmt: skip
         batch_size = as_plain(batch_size)
         if not is_whole_number(batch_size) or batch_size < 1:
@@ -207,7 +209,7 @@ class Sampler:
             x = self.process.sample(
                 self.network, noise, sampler="ddim", steps=options["steps"], clip_denoised=clip,
                 model_kwargs=self._model_kwargs(new, len(x)),
-                guidance=None if new is None else make_guidance(options, self.model.config, self.guide),
+                guidance=None if new is None else make_guidance(options, self.model, self.guide),
             )  # fmt: skip
         return to_unit(self.autoencoder.decode(x))
 
@@ -231,7 +233,7 @@ class Sampler:
         """One batch, decoded but not rounded or clamped: (images (N, C, H, W) in about [-1, 1], labels (N,)).
 
         seeds     one a sample
-        labels    one a sample; None for random ones, or for an unconditional model
+        labels    one a sample, or a tensor of conditions; None for random ones, or for an unconditional model
         options   as `settle` gave them; and draws, see SampleNoise, where it is not the present rule
         kept      a list that gets the noise sampling starts from
         """
@@ -249,7 +251,7 @@ class Sampler:
             x = self.process.sample(
                 self.network, z, sampler=options["sampler"], steps=options["steps"],
                 model_kwargs=self._model_kwargs(labels, len(seeds)),
-                guidance=make_guidance(options, model.config, self.guide), randn_like=noise.randn_like,
+                guidance=make_guidance(options, model, self.guide), randn_like=noise.randn_like,
                 clip_denoised=self.autoencoder.clip_denoised, callback=callback,
             )  # fmt: skip
         return self.autoencoder.decode(x), labels
@@ -270,13 +272,31 @@ class Sampler:
     def _model_kwargs(self, labels, n):
         if not self.model.num_classes:
             return {}
-        labels = [self.model.null_label] * n if labels is None else labels
-        return dict(y=torch.tensor(labels, dtype=torch.int64, device=self.device))
+        if isinstance(labels, torch.Tensor):
+            return dict(y=labels.to(self.device))
+        indices = torch.tensor([0] * n if labels is None else labels, dtype=torch.int64, device=self.device)
+        y = self.model.y_embedder.from_labels(indices)
+        return dict(y=self.model.y_embedder.null_like(y) if labels is None else y)
 
-    @staticmethod
-    def _settle_rows(n_or_labels, seeds):
+    def _as_conditions(self, values):
+        """Conditions (N, …) of the type that the model takes; None where these are labels, or a number."""
+        condition = self.model.config.get("condition", "class")
+        if condition == "class" or not getattr(values, "ndim", 0):
+            return None
+        values = torch.as_tensor(values)
+        if values.ndim == 1 and not values.is_floating_point():
+            return None
+        like = self.model.y_embedder.from_labels(torch.zeros(1, dtype=torch.int64, device=self.device))
+        if values.shape[1:] != like.shape[1:] or not values.isfinite().all():
+            shape = ", ".join(["N", *map(str, like.shape[1:])])
+            raise UserError(f"conditions {tuple(values.shape)}: {condition!r} are ({shape}), and finite")
+        return values.to(like.dtype)
+
+    def _settle_rows(self, n_or_labels, seeds):
         n_or_labels, seeds = as_plain(n_or_labels), 0 if seeds is None else as_plain(seeds)
-        labels = None if is_whole_number(n_or_labels) else as_integers(n_or_labels, "labels")
+        labels = self._as_conditions(n_or_labels)
+        if labels is None and not is_whole_number(n_or_labels):
+            labels = as_integers(n_or_labels, "labels")
         count = int(n_or_labels) if labels is None else len(labels)
         if count < 1:
             raise UserError(f"{count} samples: ask for at least 1")
@@ -356,8 +376,8 @@ class CheckpointSpec:
         return checkpoints.load(find_file(self.path, self.flag), self.flag)
 
     def _check_guide(self, guide):
-        for name in ("input_size", "in_channels", "num_classes"):
-            mine, other = self.model_config[name], guide.model_config[name]
+        for name in ("input_size", "in_channels", "num_classes", "condition"):
+            mine, other = self.model_config.get(name), guide.model_config.get(name)
             if mine != other:
                 raise UserError(f"--guide {guide.path}: its {name} is {other}, and {mine} in {self.path}")
         if guide.process.config != self.process.config:

@@ -216,6 +216,7 @@ def check_exportable(model_config, process_config, vae, any_classes=False):
         "pixel models": vae == "none",
         "rectangular models": height != width,
         "unconditional models": not model_config["num_classes"],
+        "conditions other than classes": model_config.get("condition", "class") != "class",
         "models trained without label dropout": model_config["class_dropout_prob"] == 0,
         "models of another mlp_ratio than 4": model_config["mlp_ratio"] != 4,
         f"{model_config['block']} blocks": model_config["block"] != "adaln-zero",

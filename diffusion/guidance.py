@@ -16,7 +16,8 @@ class Guidance:
     """Turns a class-conditional model into a guided one: u + w (c - u) of conditional c and unconditional u.
 
     scale       w: 1 is the plain conditional model, 0 the unconditional one, above 1 is guidance
-    null_label  the label that stands for "no label"; None with a guide
+    null_label  the label that stands for "no label", or a function of conditions y that gives null ones like
+                them; None with a guide
     channels    how many channels are guided, from the first; None for all. The paper's results guide 3 of 4.
     interval    (low, high]: the noise levels sigma / alpha that are guided, all where it is None
                 (Kynkäänniemi et al., arXiv 2404.07724); elsewhere the conditional rows alone are run
@@ -28,7 +29,7 @@ class Guidance:
     """
 
     scale: float
-    null_label: int | None
+    null_label: int | Callable | None
     channels: int | None = None
     interval: tuple[float, float] | None = None
     schedule: str = "constant"
@@ -63,7 +64,7 @@ class Guidance:
             return model
 
         def both_labels(x, t, y):
-            nulls = torch.full_like(y, self.null_label)
+            nulls = self.null_label(y) if callable(self.null_label) else torch.full_like(y, self.null_label)
             return model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls])).chunk(2)
 
         def both_models(x, t, *labels, **model_kwargs):

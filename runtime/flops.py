@@ -91,5 +91,5 @@ def count_activation_bytes(model):
 
 
 def _one_input(model):
-    label = torch.zeros(1, dtype=torch.long) if model.num_classes else None
+    label = model.y_embedder.from_labels(torch.zeros(1, dtype=torch.long)) if model.num_classes else None
     return torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), label

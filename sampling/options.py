@@ -135,14 +135,14 @@ def check_published_draws(seeds, options):
         raise UserError(f"--published-draws: the published script samples by ddpm, not {options['sampler']}")
 
 
-def make_guidance(options, model_config, guide=None):
-    """The Guidance of settled options, or None where there is none."""
+def make_guidance(options, model, guide=None):
+    """The Guidance of settled options for a DiT, or None where there is none."""
     if options["cfg_scale"] == 1:
         return None
     channels, interval = options["cfg_channels"], options["cfg_interval"]
     return Guidance(
         options["cfg_scale"],
-        null_label(model_config),
+        model.y_embedder.null_like if null_label(model.config) is not None else None,
         channels=None if channels == "all" else channels,
         interval=None if interval is None else tuple(interval),
         schedule=options["cfg_schedule"],
