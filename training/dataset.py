@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from runtime.cli import UserError, user_errors
 from runtime.distributed import ALONE, HOLD_OUT, ORDER, generator_for
@@ -521,9 +521,9 @@ def _collate(items):
     images, labels, problems = zip(*items)
     problems = [problem for problem in problems if problem]
     shapes = {image.shape for image in images}
-    # Zeros that stand in for an unreadable image have no shape to match; training stops before it looks:
-    images = torch.stack(images) if len(shapes) == 1 else torch.zeros(len(images))
-    return images, torch.tensor(labels), problems
+    if len(shapes) > 1:  # zeros stand in for an unreadable image; training stops before it looks at them
+        return torch.zeros(len(images)), torch.zeros(len(images)), problems
+    return torch.stack(images), default_collate(labels), problems
 
 
 def _leave_signals_to_the_main_process(worker):

@@ -1,6 +1,7 @@
 """What is looked at while a run trains: the loss on held-out images, FID, and pictures."""
 
 import torch
+from torch.utils.data import default_collate
 
 from evaluation.inception import SampleFID, share_of
 from runtime.distributed import EVALUATION, generator_for
@@ -87,7 +88,7 @@ def held_out_loss(state, plan, args, autoencoder, check, batch_size=64):
         rows = batch[dist.rank :: dist.world_size]
         rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
         images, labels, _ = zip(*(held_out[(int(row), False)] for row in rows))
-        images, labels = torch.stack(images).to(device), torch.tensor(labels, device=device)
+        images, labels = torch.stack(images).to(device), default_collate(labels).to(device)
         x_start = encode(images, posterior[rows].to(device))
         model_kwargs = dict(y=labels) if args.num_classes else {}
         losses = process.training_losses(
