@@ -49,7 +49,7 @@ def measure(folder, judge, name, seed=0, per_class=100, *options):
         speeds = [json.loads(line)["steps_per_sec"] for line in file]
     return dict(
         name=name, seed=seed, seconds=seconds, step_seconds=1 / statistics.median(speeds),
-        parameters=sum(p.numel() for p in sampler.model.parameters()),
+        parameters=sum(p.numel() for p in sampler.model.parameters() if p.requires_grad),
         read=judge.measure(sampler, per_class, cfg_scale=1.0)["read"],
         read_guided=judge.measure(sampler, per_class, cfg_scale=2.0)["read"],
     )  # fmt: skip
