@@ -13,7 +13,6 @@ from conftest import build_tiny
 from test_train import SMALL, run
 
 import sample
-import training.dataset
 from checkpointing import files as checkpoints
 from diffusion import create_flow, create_process
 from diffusion.flow_matching import PATHS
@@ -30,7 +29,7 @@ from models import BLOCKS, CONDITIONS, FFNS, Block, ConditionEmbedder, DiT, Fina
 from runtime.cli import UserError, launch
 from runtime.flops import count_macs
 from sampler import Sampler
-from training.dataset import load_digits
+from training.dataset import DATASETS, ArrayImages, Digits
 
 ARGV = [*SMALL, "--sample-every", "0", "--ckpt-every", 2]
 
@@ -428,13 +427,13 @@ class VectorEmbedder(ConditionEmbedder):
         return torch.eye(self.num_classes, device=labels.device)[labels]
 
 
-class QuarterInk(training.dataset.ArrayImages):
+class QuarterInk(ArrayImages):
     """Digits that are conditioned by how much ink is in each quarter of the image."""
 
     condition = "vector"
 
-    def __init__(self):
-        digits = load_digits()
+    def __init__(self, data_path, image_size, dry_run):
+        digits = Digits()
         names = ["upper left", "upper right", "lower left", "lower right"]
         super().__init__(digits.images, digits.labels, names, flips=False)
 
@@ -446,14 +445,15 @@ class QuarterInk(training.dataset.ArrayImages):
 @pytest.fixture
 def vectors(monkeypatch):
     monkeypatch.setitem(CONDITIONS, "vector", VectorEmbedder)
-    monkeypatch.setattr(training.dataset, "load_digits", QuarterInk)
+    monkeypatch.setitem(DATASETS, "quarters", QuarterInk)
+    return ["--dataset", "quarters"]
 
 
 def test_a_condition(tmp_path, vectors, monkeypatch, capsys):
     """Trained, validated, pictured and resumed; sampled with guidance by vectors, and by labels."""
     assert lines_of(VectorEmbedder, QuarterInk) <= 40
     argv = "--eval-every 2 --sample-every 2 --grad-accum-steps 2 --block in-context --no-learn-sigma".split()
-    path = train_and_resume(tmp_path, *argv)
+    path = train_and_resume(tmp_path, *vectors, *argv)
     assert torch.load(path, weights_only=True)["config"]["model"]["condition"] == "vector"
     y = torch.randn(3, 4)
     sampler, images = assert_samples(path, of=y, cfg_scale=2.0)
@@ -481,8 +481,8 @@ def test_a_condition(tmp_path, vectors, monkeypatch, capsys):
 
 def test_a_condition_s_size_is_the_data_s(tmp_path, vectors, capsys):
     with pytest.raises(SystemExit):
-        run(*ARGV, "--num-classes", 7, "--results-dir", tmp_path)
-    assert "--num-classes 7: the vector of the data has 4; leave it out" in capsys.readouterr().err
+        run(*ARGV, *vectors, "--num-classes", 7, "--results-dir", tmp_path)
+    assert "--num-classes 7: the vector of the data has 4 entries; leave it out" in capsys.readouterr().err
 
 
 def test_dropped_conditions_are_the_null_one(vectors):

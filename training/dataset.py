@@ -36,20 +36,25 @@ DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # of the package dataset-f
 
 
 class ImageDataset(Dataset):
-    """What a data set of images offers. All is required but check.
+    """What a data set of images offers. All is required but check and condition.
 
     Name(data_path, image_size, dry_run)  as --data-path, None where not given, --image-size in pixels and
                      --dry-run, which downloads nothing, say; raises UserError for what it cannot do
     len(it)          how many images
     it[(index, mirrored)]  (image, label): float (channels, image_size, image_size) in [-1, 1], and a class
-                     index, 0 where there are no classes. The order decides which are mirrored, so an item is
-                     the same in whichever process reads it. Raises UserError for an unreadable image.
+                     index, 0 where there are no classes; or what `condition` takes. The order decides which are
+                     mirrored, so an item is the same in whichever process reads it. Raises UserError for an
+                     unreadable image.
     channels         1, grey, or 3
     image_size       pixels a side
     classes          the classes' names in the order of their labels, [] for none
     flips            whether a mirrored image is as good as another; then half are trained on mirrored
     fingerprint      of the images and labels, a hash: a run is continued on the same alone
+    condition        what the labels are, a row of models.CONDITIONS: tensors of another shape say, whose
+                     entries `classes` names
     """
+
+    condition = "class"
 
     def check(self, skip=False, dist=ALONE):
         """Raise UserError for images that cannot be read, before any work; where skip, only for all of them.

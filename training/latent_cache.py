@@ -20,7 +20,7 @@ class LatentCache(Dataset):
     The mirrored item is the moments of the mirrored image. `vae` is the config of the VAE they are of.
     """
 
-    channels, flips = 3, True
+    channels, flips, condition = 3, True, "class"
 
     def __init__(self, folder):
         path = os.path.join(folder, MANIFEST)

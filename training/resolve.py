@@ -214,10 +214,10 @@ def check_data(args, dataset):
         )
     if 0 < args.num_classes < classes:
         raise UserError(f"--num-classes {args.num_classes}: the data set has {classes}; give at least that")
-    if args.num_classes > classes and getattr(dataset, "condition", "class") != "class":
+    if args.num_classes > classes and dataset.condition != "class":
         raise UserError(
-            f"--num-classes {args.num_classes}: the {dataset.condition} of the data has {classes} entries; leave"
-            " it out"
+            f"--num-classes {args.num_classes}: the {dataset.condition} of the data has {classes} entries;"
+            " leave it out"
         )
     if args.num_classes == 0 or args.class_dropout_prob == 0:
         why = "without label dropout" if args.num_classes else "in an unconditional model"
@@ -268,7 +268,7 @@ def configure_model(args, dataset):
             input_size=args.image_size // factor, in_channels=channels, num_classes=args.num_classes,
             class_dropout_prob=args.class_dropout_prob, learn_sigma=args.learn_sigma, block=args.block,
             ffn=args.ffn, pos_embed=args.pos_embed, registers=args.registers, qk_norm=args.qk_norm,
-            condition=getattr(dataset, "condition", "class"),
+            condition=dataset.condition,
             **{name: size for name, size in sizes.items() if size is not None},
         ).config  # fmt: skip
 
