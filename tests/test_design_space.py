@@ -99,7 +99,7 @@ def test_unconditional_conv_from_a_flat_folder(tmp_path, monkeypatch):
             "--timestep-sampler logit-normal: --objective diffusion takes",
         ),
         (["--objective", "flow", "--time-shift", "0"], "--time-shift 0.0: must be more than 0"),
-        (["--objective", "flow", "--sampler", "ddpm"], "--sampler ddpm: this model has euler, heun, sde"),
+        (["--objective", "flow", "--sampler", "ddpm"], "--sampler ddpm: this model has ddim, dpm++"),
         (["--sampler", "sde"], "--sampler sde: this model has ddpm, ddim"),
         (["--registers", "-1"], "registers -1: must be 0 or more"),
         (["--sample-cfg-scales", "1", "-1"], "--sample-cfg-scales -1.0: must be 0 or more"),
