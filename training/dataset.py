@@ -42,9 +42,9 @@ class ImageDataset(Dataset):
                      --dry-run, which downloads nothing, say; raises UserError for what it cannot do
     len(it)          how many images
     it[(index, mirrored)]  (image, label): float (channels, image_size, image_size) in [-1, 1], and a class
-                     index, 0 where there are no classes; or what `condition` takes. The order decides which are
-                     mirrored, so an item is the same in whichever process reads it. Raises UserError for an
-                     unreadable image.
+                     index, 0 where there are no classes; or what `condition` takes. The order decides which
+                     are mirrored, so an item is the same in whichever process reads it. Raises UserError for
+                     an unreadable image.
     channels         1, grey, or 3
     image_size       pixels a side
     classes          the classes' names in the order of their labels, [] for none
