@@ -212,7 +212,7 @@ def open_side(flag, path, metrics, network, crop=None, *, images_needed=False, f
         )
     else:
         images = None
-    least = NEIGHBOUR + 1 if {"precision", "recall"} & set(metrics) else 2
+    least = NEIGHBOUR + 1 if {"kid", "precision", "recall"} & set(metrics) else 2
     if wanted and images.count < least:
         raise UserError(f"{flag} {path}: {images.count} images; these metrics need at least {least}")
     return MetricInput(flag, path, images, wanted, statistics)
@@ -240,8 +240,8 @@ def compare(metrics, reference, samples, network, half=True):
             scores = [inception_score(network.logits(rows), are_logits=True) for rows in chunks]
             numbers[metric] = float(np.mean(scores))
         elif metric == "kid":
-            rows = [side.features.rows for side in (reference, samples)]
-            size = min(SUBSET_SIZE, *map(len, rows))
+            rows = reference.features.rows, samples.features.rows
+            size = subset_size(reference, samples)
             numbers[metric], deviation = kernel_distance(*rows, subset_size=size, device=network.device)
             numbers["kid_error"] = deviation / SUBSETS**0.5
         elif metric in FRECHET:
@@ -254,6 +254,13 @@ def compare(metrics, reference, samples, network, half=True):
         )
         numbers |= {name: value for name, value in zip(("precision", "recall"), both) if name in metrics}
     return numbers
+
+
+def subset_size(reference, samples):
+    """Of the subsets of the kernel distance: halves of the smaller side where that is below the usual size,
+    since subsets of all would not differ."""
+    count = min(reference.images.count, samples.images.count)
+    return SUBSET_SIZE if count >= SUBSET_SIZE else count // 2
 
 
 def find_warnings(numbers, reference, samples, network):
@@ -277,10 +284,10 @@ def find_warnings(numbers, reference, samples, network):
                 f" {network.sizes[few[0]]:,} dimensions of their features, which raises Fréchet distances;"
                 " compare them at the same number of images only"
             )
-    if "kid" in numbers and min(reference.images.count, samples.images.count) < SUBSET_SIZE:
+    if "kid" in numbers and subset_size(reference, samples) < SUBSET_SIZE:
         doubts.append(
-            f"fewer than {SUBSET_SIZE:,} images on a side: its subsets are all of the smaller one's, and the"
-            " standard error too small"
+            f"fewer than {SUBSET_SIZE:,} images on a side: {metric_name('kid', network)} is by subsets of"
+            f" {subset_size(reference, samples)}"
         )
     if samples.statistics:
         doubts.append(f"SAMPLES {samples.path}: the statistics stored in it were used, as ADM's suite does")
@@ -342,7 +349,7 @@ def describe_settings(args, network, dist):
         network=network.name, **weights,
         features="float32, tf32 off", statistics="float64", fid="eigh and singular values, float64",
         distances="float16" if args.half_distances else "float32", k=NEIGHBOUR,
-        kid=f"{SUBSETS} subsets of {SUBSET_SIZE} or all, float64",
+        kid=f"{SUBSETS} subsets of {SUBSET_SIZE}, or half of fewer images, float64",
         inception_score=f"mean over chunks of {SCORE_CHUNK} in file order",
         image_size=args.image_size, batch_size=args.batch_size, processes=dist.world_size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

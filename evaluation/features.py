@@ -180,7 +180,7 @@ FEATURES = dict(inception=InceptionFeatures, pixels=Pixels, classifier=Classifie
 def features_of(images, network, batch_size=256):
     """Features (N, D), float32 on the CPU, of images: uint8 (N, H, W, 3), or grey (N, H, W).
 
-    network: a row's, loaded: FEATURES["classifier"]("classifier.safetensors").load("cpu").
+    network: of a row, loaded: Classifier("classifier.safetensors").load("cpu").
     """
     images = torch.as_tensor(images)
     images = images[..., None] if images.ndim == 3 else images

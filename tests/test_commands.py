@@ -16,6 +16,8 @@ import yaml
 from conftest import ROOT
 from test_data import write_image
 
+from evaluation.features import SmallCNN
+from experiments.classifier import save as save_classifier
 from models import DiT, DiT_models
 from runtime.cli import launch
 
@@ -171,6 +173,10 @@ def write_evaluated(folder):
     statistics = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     for name in ("VIRTUAL_imagenet256_labeled.npz", "my_reference.npz"):
         np.savez_compressed(folder / name, images, **statistics)
+    np.savez(folder / "labelled.npz", images, np.arange(4))
+    sizes = dict(num_classes=4, widths=[2], hidden=2)
+    weights = str(folder / "classifier.safetensors")
+    save_classifier(SmallCNN(*sizes.values()), weights, dict(sizes, image_size=8))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 from test_evaluate import pictures, record_of, refuse, run
 
-from evaluate import frechet_distance
+from evaluate import frechet_distance, kernel_distance
 from evaluation import features
 from evaluation.features import FEATURES, Classifier, FeatureNetwork, features_of
 from evaluation.metrics import mean_and_covariance
@@ -49,6 +49,10 @@ def test_a_network_from_outside(colours, files, capsys):
     assert rows[0].shape == (40, 6)
     expected = frechet_distance(*mean_and_covariance(rows[0]), *mean_and_covariance(rows[1]))
     assert found["Fréchet distance (colours)"] == pytest.approx(expected, rel=1e-6)  # float32 features
+    mean, deviation = kernel_distance(*rows, subset_size=15)  # half of the 30 samples
+    assert found["Kernel distance (colours)"] == pytest.approx(mean, rel=1e-6)
+    assert found["Kernel distance's standard error (colours)"] == pytest.approx(deviation / 10, rel=1e-6)
+    assert "fewer than 1,000 images on a side: Kernel distance (colours) is by subsets of 15" in printed
     assert found["Precision (colours)"] == found["Recall (colours)"] == 0  # half as bright
 
     refuse(capsys, "--metrics is: --features colours does not serve it, only fid, kid, precision, recall",
