@@ -17,7 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from runtime.cli import UserError, atomic_write, user_errors
-from runtime.image_io import IMG_EXTENSIONS, center_crop_arr, is_image, open_image, share_to_check
+from runtime.image_io import (
+    IMG_EXTENSIONS,
+    ImageFiles,
+    center_crop_arr,
+    is_image,
+    open_image,
+    share_to_check,
+)
 
 # What np.load and zipfile raise for a file that is damaged or something else:
 DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
@@ -162,15 +169,21 @@ class ImageFolderReader(Images):
     """
 
     def __init__(self, path, flag, crop=None):
-        files, labels = [], []
-        for folder, inner, _ in os.walk(path, followlinks=True):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            found = sorted(entry.path for entry in os.scandir(folder) if is_image(entry))
-            files += found
-            labels += [os.path.relpath(folder, path).split(os.sep)[0]] * len(found)
-        if not files:
+        classes = []  # of the folders with images
+
+        def listings():
+            for folder, inner, _ in os.walk(path, followlinks=True):
+                inner[:] = sorted(name for name in inner if not name.startswith("."))
+                found = sorted(entry.name for entry in os.scandir(folder) if is_image(entry))
+                if found:
+                    inside = os.path.relpath(folder, path)
+                    classes.append(inside.split(os.sep)[0])
+                    yield [os.path.join(inside, name) for name in found] if inside != "." else found
+
+        files = ImageFiles(path, [], listings())
+        if not len(files):
             raise UserError(f"{flag} {path}: no images there ({', '.join(IMG_EXTENSIONS)})")
-        labels = np.unique(labels, return_inverse=True)[1]
+        labels = np.unique(classes, return_inverse=True)[1][files.labels]
         super().__init__(path, len(files), (crop, crop) if crop else None, labels)
         self.files = _Files(files, crop)
         self.files.check()
@@ -188,11 +201,11 @@ class ImageFolderReader(Images):
 class _Files(Dataset):
     """Image files, each uint8 (H, W, 3)."""
 
-    def __init__(self, paths, crop):
-        self.paths, self.crop, self.size = paths, crop, None
+    def __init__(self, files, crop):
+        self.files, self.crop, self.size = files, crop, None
 
     def __getitem__(self, index):
-        path = self.paths[index]
+        path, _ = self.files[index]
         with open_image(path) as image:
             image = image.convert("RGB")
             image = center_crop_arr(image, self.crop) if self.crop else image
@@ -203,7 +216,7 @@ class _Files(Dataset):
     def check(self):
         """Raise UserError for a file that is no image, or of another size, by the headers of all of them, or
         of an even share of very many. Sets size, where they are not cropped."""
-        for path in share_to_check(self.paths):
+        for path, _ in share_to_check(self.files):
             with open_image(path) as image:
                 size = image.size
             if not self.crop:
@@ -212,9 +225,10 @@ class _Files(Dataset):
 
     def _compare(self, path, size):
         if size != self.size:
+            first, sizes = self.files[0][0], ["x".join(map(str, sides)) for sides in (size, self.size)]
             raise UserError(
-                f"{path}: is {size[0]}x{size[1]} where {self.paths[0]} is {self.size[0]}x{self.size[1]}; all"
-                " must be of one size; for REF, --image-size crops them"
+                f"{path}: is {sizes[0]} where {first} is {sizes[1]}; all must be of one size; for REF,"
+                " --image-size crops them"
             )
 
 

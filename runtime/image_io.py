@@ -1,12 +1,17 @@
-"""Images: read, cropped, made bytes, grids, animations and files.
+"""Images: listed, read, cropped, made bytes, grids, animations and files.
 
 Images are float (N, C, H, W), of 1 or 3 channels, unless said.
 """
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import tempfile
+from array import array
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -127,6 +132,67 @@ def share_to_check(files):
 def is_image(entry):
     """Whether a folder's entry, of os.scandir, is an image file by its name."""
     return entry.is_file() and is_visible(entry) and entry.name.lower().endswith(IMG_EXTENSIONS)
+
+
+class ImageFiles(Sequence):
+    """The image files of a folder: pairs (path, label), in order.
+
+    Held as the bytes of their names and four more a file, where strings and pairs take some 220. Processes
+    that read images share arrays; of objects they copy each that they count a reference to.
+    """
+
+    def __init__(self, root, classes, listings):
+        """classes: the subfolders, or [] for images without classes; listings: for each of them, or for the
+        root, the names of its files, relative to it."""
+        self.root, self.classes = root, classes
+        names, lengths, firsts = bytearray(), array("H"), [0]
+        for listing in listings:
+            part = _to_bytes("".join(f"{name}\0" for name in listing))
+            ends = np.flatnonzero(np.frombuffer(part, np.uint8) == 0)
+            lengths.frombytes(np.diff(ends, prepend=-1).astype(np.uint16).tobytes())
+            names += part
+            firsts.append(len(lengths))
+        self._names, self._firsts = np.frombuffer(names, np.uint8), np.array(firsts)
+        offset_type = np.uint32 if len(names) < 2**32 else np.uint64
+        self._ends = np.cumsum(np.frombuffer(lengths, np.uint16), dtype=offset_type)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        label = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        name = _to_text(self._names[start : end - 1])
+        return os.path.join(self.root, *self.classes[label : label + 1], name), label
+
+    def relative_names(self):
+        """Yield the paths relative to the root, in order."""
+        for label, (first, last) in enumerate(pairwise(self._firsts.tolist())):
+            start, end = int(self._ends[first - 1]) if first else 0, int(self._ends[last - 1])
+            prefix = f"{self.classes[label]}{os.sep}" if self.classes else ""
+            for name in _to_text(self._names[start : end - 1]).split("\0"):
+                yield prefix + name
+
+    @property
+    def labels(self):
+        """The label of every file, int64 (N,)."""
+        return np.repeat(np.arange(len(self._firsts) - 1), np.diff(self._firsts))
+
+    def fingerprint(self):
+        """A hash of the names and classes, in order: hexadecimal."""
+        digest = hashlib.sha256(json.dumps([self.classes, self._firsts.tolist()]).encode())
+        digest.update(self._names)
+        return digest.hexdigest()
+
+
+# File names are bytes of any kind; those that are not UTF-8, Python's strings hold as surrogates.
+def _to_bytes(text):
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _to_text(names):
+    return names.tobytes().decode("utf-8", "surrogateescape")
 
 
 @contextlib.contextmanager
