@@ -44,7 +44,7 @@ class Run:
         self.logger.info(f"Dataset contains {len(plan.training_set):,} images ({plan.data['dataset']})")
         self.logger.info(
             f"Training for {plan.total_steps:,} steps of {args.global_batch_size} images on"
-            f" {self.dist.world_size} x {device.type}"
+            f" {self.dist.world_size} x {device.type}, in {args.precision}"
         )
         peak = peak_flops(device, args.precision)
         # The share of the peak that a step a second would be, by this device's FLOP:
