@@ -21,7 +21,11 @@ from experiments.classifier import save as save_classifier
 from models import DiT, DiT_models
 from runtime.cli import launch
 
-COMMANDS = sorted(path.stem for path in ROOT.glob("*.py") if "launch(main, build_parser(" in path.read_text())
+STARTS = "launch(main, build_parser("
+COMMANDS = sorted(path.stem for path in ROOT.glob("*.py") if STARTS in path.read_text())
+EXPERIMENTS = sorted(
+    f"experiments.{path.stem}" for path in ROOT.glob("experiments/*.py") if STARTS in path.read_text()
+)
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -94,7 +98,7 @@ def test_readme_has_the_commands():
 
 
 def test_documented_options_exist():
-    parsers = [importlib.import_module(name).build_parser() for name in COMMANDS]
+    parsers = [importlib.import_module(name).build_parser() for name in COMMANDS + EXPERIMENTS]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     for name, text in DOCUMENTS.items():
         if name == "CONTRIBUTING.md":  # which has other tools' options

@@ -1,17 +1,13 @@
 """experiments/scaling.py: what it makes once, and what it reads out of its numbers."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from evaluation.features import FEATURES
+from experiments import scaling
 from runtime.cli import UserError
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import scaling
 
 
 @pytest.fixture
