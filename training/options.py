@@ -30,6 +30,15 @@ PRESETS = {
         noise_schedule="squaredcos_cap_v2", global_batch_size=64, max_steps=2000, lr=2e-3, warmup_steps=50,
         ema_decay=0.995, ema_warmup=True, cfg_scale=1.5, num_sampling_steps="50",
     ),
+    # Clothes that a person recognises in a quarter of an hour on two CPU cores. Patches of 16 pixels want the
+    # data predicted: with the noise predicted, samples were still blocks of grain after 600 steps.
+    "fashion": dict(
+        dataset="fashion-mnist", image_size=28, vae="none", num_workers=0, precision="auto",
+        model="DiT-S/4", depth=4, hidden_size=192, num_heads=3,
+        objective="flow", flow_prediction="data", timestep_sampler="logit-normal",
+        global_batch_size=32, max_steps=2500, lr=1e-3, warmup_steps=100, ema_decay=0.998, ema_warmup=True,
+        cfg_scale=2.5, sampler="heun", num_sampling_steps="12", ckpt_every=500, keep_checkpoints=1,
+    ),
     # Just-a-DiT's recipe for CIFAR-10, with diffusion in place of flow matching.
     "cifar10": dict(
         dataset="cifar10", image_size=32, vae="none",
