@@ -66,10 +66,12 @@ def main(args):
     # Find the run to continue, or make its folder; build the model, its average and the optimizer:
     run = Run(args, plan, autoencoder, dist)
     torch.manual_seed(fold_seed(args.global_seed))
-    model = DiT(**plan.model_config)
+    # Shards come out of the main process's memory, since a GPU need not hold the whole model:
+    with torch.device("meta" if args.shard and not dist.is_main else "cpu"):
+        model = DiT(**plan.model_config)
     if initial:
         run.logger.info(checkpoints.initialize(model, initial))
-    state = TrainingState(args, model.to(dist.device), plan.process, dist, plan.total_steps)
+    state = TrainingState(args, model, plan.process, dist, plan.total_steps)
     run.start(state, fid)
 
     # Train:

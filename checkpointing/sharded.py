@@ -14,6 +14,7 @@ torch's sharding and distributed checkpoints are imported where they are used, s
 seconds, and most commands need neither.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -30,14 +31,30 @@ UNWRITTEN = "could not be written; earlier checkpoints stand; make room and run 
 STATES = ("model", "ema", "aux_loss")
 
 
-def shard(module, model):
-    """Shard a module's weights over all processes, those of the model in it block by block, in place."""
-    from torch.distributed.fsdp import fully_shard
+def shard_copy(module, model_of, dist, precision="fp32", compile=False):
+    """A copy of a module in shards, block by block, on the devices, none of which ever holds it whole.
 
-    for block in model.blocks:
-        fully_shard(block)
+    module     on the main process's CPU; the other processes' needs no storage
+    model_of   a function that gives the DiT in the module
+    precision  "bf16" to gather the blocks' weights in bfloat16; gradients are summed in float32
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    shards = copy.deepcopy(module).to("meta")
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else {}
+    # Autocast decides what is computed in bfloat16; the policy only spares float32 copies of the weights:
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    if compile:
+        model_of(shards).compile_blocks()
+    for block in model_of(shards).blocks:
+        fully_shard(block, mp_policy=policy)
     # The rest too gives its memory back after a forward pass that no backward one follows, the average's:
-    return fully_shard(module, reshard_after_forward=True)
+    fully_shard(shards, reshard_after_forward=True)
+    shards.to_empty(device=dist.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(shards, module.state_dict() if dist.is_main else {}, options=options)
+    return shards
 
 
 def gather_copy(model, device):
@@ -46,9 +63,9 @@ def gather_copy(model, device):
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.device("meta"):
-        copy = DiT(**model.config)
-    copy.load_state_dict(state, assign=True)  # rather than hold it twice
-    return copy.to(device).eval()
+        whole = DiT(**model.config)
+    whole.load_state_dict(state, assign=True)  # rather than hold it twice
+    return whole.to(device).eval()
 
 
 def local_shard(tensor):

@@ -10,10 +10,12 @@ import torch.nn as nn
 
 from runtime.distributed import set_precision
 
-# Dense matrix products, FLOP/s, of the datasheets, by a part of the device's name and the precision:
+# Dense matrix products, FLOP/s, of the datasheets, by precision and a part of the device's name; the first
+# that fits counts:
 PEAK_FLOPS = {
-    "H200": dict(bf16=989e12, tf32=495e12), "H100": dict(bf16=989e12, tf32=495e12),
-    "A100": dict(bf16=312e12, tf32=156e12),
+    "H200 NVL": dict(bf16=836e12, tf32=418e12), "H200": dict(bf16=989e12, tf32=495e12),
+    "H100 PCIe": dict(bf16=756e12, tf32=378e12), "H100 NVL": dict(bf16=836e12, tf32=418e12),
+    "H100": dict(bf16=989e12, tf32=495e12), "A100": dict(bf16=312e12, tf32=156e12),
 }  # fmt: skip
 
 
@@ -49,7 +51,11 @@ def peak_flops(device, precision):
     """The datasheet's FLOP/s of this device at this precision, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return datasheet_flops(torch.cuda.get_device_name(device), precision)
+
+
+def datasheet_flops(name, precision):
+    """The datasheet's FLOP/s of a GPU of this name, or None."""
     return next((peaks.get(precision) for part, peaks in PEAK_FLOPS.items() if part in name), None)
 
 

@@ -1,5 +1,7 @@
 """train.py --dry-run: what a start would do, checked as far as that can be without writing or fetching."""
 
+import argparse
+import math
 import os
 
 import torch
@@ -9,10 +11,13 @@ from checkpointing.published import find_local, local_inception
 from models import DiT
 from runtime.autoencoder import resolve_vae
 from runtime.distributed import ALONE
-from runtime.flops import count_macs
+from runtime.flops import count_macs, datasheet_flops
+from training.memory import training_memory
 from training.resume import open_checkpoint
 from training.run_dir import Foreseen
 from training.validation import open_fid
+
+PUBLISHED_SHARE = 0.25  # 107 images/s of DiT-XL/2 at 256 pixels on one A100
 
 
 def dry_run(args, plan, dist):
@@ -22,7 +27,7 @@ def dry_run(args, plan, dist):
     """
     found = dist.on_main(_foresee, args, plan)
     if dist.is_main:
-        _print_plan(args, plan, dist.world_size, *found)
+        _print_plan(args, plan, args.world_size or dist.world_size, *found)
 
 
 def _foresee(args, plan):
@@ -62,9 +67,64 @@ def _print_plan(args, plan, world_size, run, initial):
         f"{plan.total_steps / plan.steps_per_epoch:.1f} epochs,"
         f" {3 * 2 * macs * args.global_batch_size / 1e12:.2f} TFLOP a step",
         weights=initial,
+        **_costs(args, plan, world_size, macs),
         run=run,
     )
     for name, words in rows.items():
         if words:
             print(f"{name:<12} {words}")
     print("Options are sound; nothing was written.")
+
+
+def _costs(args, plan, world_size, macs):
+    """Rows on memory, time and disk."""
+    memory = training_memory(args, plan, world_size)
+    needed = sum(memory.values())
+    shown = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in memory.items())
+    rows = dict(memory=f"{needed / 2**30:.1f} GiB on each GPU, estimated: {shown}")
+    available = args.device_memory and args.device_memory * 2**30
+    if available is None and torch.cuda.is_available():
+        available = torch.cuda.get_device_properties(0).total_memory
+    if available and needed > available:
+        rows["too much"] = (
+            f"more than the {available / 2**30:.1f} GiB there are; {_remedy(args, plan, world_size)}"
+        )
+    # A share of the datasheet's peak that was published for this model on an A100, for all of them:
+    flops = 6 * macs * args.global_batch_size / world_size / PUBLISHED_SHARE
+    seconds = ", ".join(
+        f"{name} {flops / datasheet_flops(name, 'bf16' if args.precision == 'bf16' else 'tf32'):.2g} s"
+        for name in ("A100", "H100", "H200")
+    )
+    if macs > 1e9:  # the steps of smaller models take other things than products
+        rows["time"] = f"a step on {world_size} x {seconds}; estimated at {PUBLISHED_SHARE:.0%} of the peak"
+    checkpoint = memory["weights"] + memory["average"] + memory["optimizer"]
+    checkpoint *= world_size if args.shard else 1
+    kept = len(range(args.ckpt_every, plan.total_steps, args.ckpt_every)) + 1
+    kept = min(kept, args.keep_checkpoints or kept)
+    rows["disk"] = (
+        f"{checkpoint / 2**30:.2f} GiB a checkpoint, {kept * checkpoint / 2**30:.1f} GiB for the {kept} kept"
+    )
+    latents = math.prod(plan.model_config["input_size"]) * plan.model_config["in_channels"]
+    if not plan.has_cached_latents and resolve_vae(args.vae) != "none":
+        cache = plan.data["count"] * 2 * 2 * latents * 2  # moments of an image and its mirror, float16
+        rows["disk"] += f"; a cache of its latents would take {cache / 2**30:.2f} GiB"
+    return rows
+
+
+def _remedy(args, plan, world_size):
+    """What would take less, and how much that is."""
+    choices = []
+    if not args.grad_checkpointing:
+        choices.append(("--grad-checkpointing", dict(grad_checkpointing=True)))
+    parts = 2 * args.grad_accum_steps
+    if args.global_batch_size % (world_size * parts) == 0:
+        choices.append((f"--grad-accum-steps {parts}", dict(grad_accum_steps=parts)))
+    if world_size > 1 and not args.shard:
+        choices.append(("--shard", dict(shard=True)))
+    if args.precision != "bf16":
+        choices.append(("--precision bf16", dict(precision="bf16")))
+    found = []
+    for flag, options in choices:
+        other = argparse.Namespace(**{**vars(args), **options})
+        found.append(f"{flag} ({sum(training_memory(other, plan, world_size).values()) / 2**30:.1f} GiB)")
+    return "give " + ", ".join(found) if found else "use more processes"

@@ -91,6 +91,14 @@ def build_parser(description=None):
         help="check all that a start would, show the plan and which run it would begin or"
         " continue, write nothing (default: off)",
     )
+    parser.add_argument(
+        "--world-size", type=int_at_least(1), default=None, metavar="PROCESSES",
+        help="with --dry-run, processes to plan for (default: those that there are)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device-memory", type=float_above(0), default=None, metavar="GIB",
+        help="with --dry-run, memory of the device to plan for (default: this GPU's)",
+    )  # fmt: skip
     _add_data_arguments(parser.add_argument_group("data"))
     _add_model_arguments(parser.add_argument_group("model"))
     _add_training_arguments(parser.add_argument_group("training"))

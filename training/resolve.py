@@ -91,7 +91,7 @@ def resolve(args, dist):
     Raises UserError for options that cannot be, or not together, and for data that does not fit them.
     """
     check_objective(args)
-    check_processes(args, dist)
+    check_processes(args, dist.world_size)
     process = create_process(process_config(args))
     options = {**dict.fromkeys(DEFAULTS), **process.sampling, **given_sampling(args)}
     check_sampling_options(options, process)
@@ -117,15 +117,21 @@ def resolve(args, dist):
     return plan
 
 
-def check_processes(args, dist):
-    """Refuse what this number of processes cannot share."""
-    if args.shard and dist.world_size == 1:
+def check_processes(args, world_size):
+    """Refuse what this number of processes, or that of --dry-run's plan, cannot share."""
+    for name in ("world_size", "device_memory"):
+        if name in args.by_hand and not args.dry_run:
+            raise UserError(
+                f"--{name.replace('_', '-')}: only with --dry-run, which plans for other machines"
+            )
+    world_size = args.world_size or world_size
+    if args.shard and world_size == 1:
         raise UserError("--shard: one process has nothing to share weights with; start several with torchrun")
     if args.shard and not is_utf8(args.results_dir):
         raise UserError(f"--results-dir {args.results_dir}: --shard needs a UTF-8 name")
-    if args.global_batch_size % (dist.world_size * args.grad_accum_steps):
+    if args.global_batch_size % (world_size * args.grad_accum_steps):
         raise UserError(
-            f"--global-batch-size {args.global_batch_size}: must be divisible by {dist.world_size} processes"
+            f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
             f" x --grad-accum-steps {args.grad_accum_steps}"
         )
 

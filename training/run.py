@@ -5,7 +5,7 @@ from datetime import timedelta
 from checkpointing import files as checkpoints
 from checkpointing import sharded
 from runtime.cli import Tolerance, UserError, create_logger
-from runtime.flops import count_macs, peak_flops
+from runtime.flops import count_macs, device_name, peak_flops
 from runtime.image_io import save_gif, save_grid
 from training.resume import create_or_resume, open_checkpoint
 from training.run_dir import BestCheckpoint
@@ -36,6 +36,9 @@ class Run:
             contents, changes = open_checkpoint(self.last_checkpoint, self.args, self.plan)
             state.load(self.last_checkpoint, contents)
             self.saved_step = state.step
+            before, now = contents.get("device"), device_name(self.dist.device)
+            if before not in (None, now):  # even the random numbers of two models of GPU differ
+                changes += f"; now on {now} (was {before}), which gives other bits"
             self.logger.info(f"Continuing after step {state.step:,} from {self.last_checkpoint}{changes}")
         args, device, plan = self.args, self.dist.device, self.plan
         self.dist.on_main(self._open, state, fid)
@@ -70,7 +73,9 @@ class Run:
         Raises UserError, on every process, where a loss was not finite, or it cannot be written."""
         state.nonfinite.raise_if_any(self.last_checkpoint)
         state.assert_same()
-        contents = dict(state.state_dict(), args=vars(self.args), config=self.config)
+        contents = dict(
+            state.state_dict(), args=vars(self.args), config=self.config, device=device_name(self.dist.device)
+        )
         path = self.dist.broadcast(
             self.experiment and self.experiment.checkpoint_path(state.step, folder=self.args.shard)
         )

@@ -29,6 +29,7 @@ from training.run_log import WANDB_ID
 NON_REPRODUCIBLE = {
     "allow_changed_data", "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every",
     "ckpt_every", "sample_every", "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
+    "world_size", "device_memory",
 }  # fmt: skip
 # Options that may be paths; or else names of published weights, or hub ids.
 PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_weights")

@@ -26,13 +26,21 @@ class TrainingState:
     """
 
     def __init__(self, args, model, process, dist, total=None):
-        self.args, self.model, self.process, self.dist = args, model, process, dist
-        self.step, self.total = 0, total
-        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        self.trained = model
+        """model: on the CPU; with --shard the main process's alone needs weights."""
+        self.args, self.process, self.dist, self.step, self.total = args, process, dist, 0, total
+        trained = model
         if args.aux_loss:
-            self.trained = ModelWithAuxLoss(model, args.aux_loss, args.aux_layer).to(dist.device)
-        self.ddp_model = prepare(self.trained, model, self.ema, args, dist).train()
+            with torch.device(model.pos_embed.device):
+                trained = ModelWithAuxLoss(model, args.aux_loss, args.aux_layer)
+        if args.shard:
+            self.ema = sharded.shard_copy(model, model_of, dist)
+            self.trained = sharded.shard_copy(trained, model_of, dist, args.precision, args.compile)
+        else:
+            self.trained = trained.to(dist.device)
+            self.ema = copy.deepcopy(model)
+        self.model = model_of(self.trained)
+        self.ema.requires_grad_(False).eval()
+        self.ddp_model = prepare(self.trained, args, dist).train()
         self.autocast_model = autocast(self.ddp_model, dist.device, args.precision)
         self.optimizer = OPTIMIZERS[args.optimizer](self.parameters(), args)
         self.timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
@@ -86,15 +94,20 @@ class TrainingState:
             self.dist.assert_same(self.trained.parameters())
 
 
-def prepare(trained, model, ema, args, dist):
-    """Compile and checkpoint the model's blocks as asked, and share its work, or its weights, among
-    processes; returns the trained module as a step calls it."""
-    model.grad_checkpointing = args.grad_checkpointing
-    if args.compile:
-        model.compile_blocks()
+def model_of(trained):
+    """The DiT of `trained`."""
+    return trained.model if isinstance(trained, ModelWithAuxLoss) else trained
+
+
+def prepare(trained, args, dist):
+    """Compile and checkpoint the model's blocks as asked, and share its work among processes; returns the
+    trained module as a step calls it."""
+    model_of(trained).grad_checkpointing = args.grad_checkpointing
     if args.shard:
-        sharded.shard(ema, ema)
-        return sharded.shard(trained, model)
+        return trained
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # which would cut the blocks' graphs at its buckets
+        model_of(trained).compile_blocks()
     if dist.world_size == 1:
         return trained
     device_ids = [dist.device.index] if dist.device.type == "cuda" else None

@@ -1,0 +1,178 @@
+"""What a GPU will need, as far as that shows without one: shards, precision, graphs, devices, memory."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from forked import start_two
+from test_training_options import QUICK, losses, run
+
+import train
+from diffusion import create_process
+from models import DiT_models
+from runtime.cli import UserError
+from runtime.distributed import ALONE
+from runtime.flops import datasheet_flops
+from training.memory import step_memory
+from training.run_log import memory_gib, restart_peak_memory
+from training.state import TrainingState
+
+XL_2 = "DiT-XL/2"
+
+
+def print_where_weights_are():
+    """Those that a process builds, and those that its blocks multiply with."""
+    from training.state import TrainingState
+
+    init = TrainingState.__init__
+
+    def printing(self, args, model, *more):
+        print("built on", {parameter.device.type for parameter in model.parameters()})
+        init(self, args, model, *more)
+        linear = self.model.blocks[0].mlp.fc1
+        linear.register_forward_hook(lambda *_: print("multiplies", linear.weight.dtype))
+
+    TrainingState.__init__ = printing
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
+def test_shards_come_from_one_process_and_are_gathered_in_their_precision(tmp_path, precision, dtype):
+    """The losses are those of whole weights at the same precision; only the main process builds the model."""
+    argv = [*QUICK, "--max-steps", 4, "--depth", 2, "--precision", precision]
+    whole, _ = run(tmp_path / "whole", *argv, runs=start_two)
+    folder, printed = run(
+        tmp_path / "shards", *argv, "--shard", runs=start_two, before=print_where_weights_are
+    )
+    np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-4 if precision == "fp32" else 2e-3)
+    assert sorted(line for line in printed.splitlines() if "built" in line) == [
+        "built on {'cpu'}", "built on {'meta'}",
+    ]  # fmt: skip
+    assert set(re.findall(r"multiplies (\S+)", printed)) == {dtype}
+
+
+def count_graphs():
+    """Compile the blocks by a backend that prints a line for every graph, rather than by a compiler."""
+    from functools import partial
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    def counting(way, graph, inputs):
+        print("graph", way)
+        return graph
+
+    backend = aot_autograd(
+        fw_compiler=partial(counting, "forward"), bw_compiler=partial(counting, "backward")
+    )
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, **options, backend=backend)
+
+
+def test_a_compiled_block_is_one_graph_under_ddp(tmp_path):
+    argv = [*QUICK, "--max-steps", 2, "--depth", 2, "--hidden-size", 64, "--compile"]
+    _, printed = run(tmp_path, *argv, runs=start_two, before=count_graphs)
+    # Two processes; both blocks are one code, compiled once or once each:
+    for way in ("forward", "backward"):
+        assert printed.count(f"graph {way}") in (2, 4), printed
+
+
+def test_a_gpu_is_known_by_its_form():
+    rates = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 836e12,
+        "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "Some GPU": None,
+    }  # fmt: skip
+    assert {name: datasheet_flops(name, "bf16") for name in rates} == rates
+
+
+def rename_the_device():
+    from training import run
+
+    run.device_name = lambda device: "Another Processor"
+
+
+def test_another_device_is_said(tmp_path):
+    """Its random numbers may be others: a run that is continued there is not the same to the bit."""
+    argv = [*QUICK, "--ckpt-every", 4]
+    run(tmp_path, *argv)
+    last = tmp_path / "000-DiT-S-2" / "checkpoints" / "0000008.pt"
+    _, printed = run(tmp_path, *argv, "--resume", last, before=rename_the_device)
+    assert "Continuing after step 8" in printed and "; now on Another Processor (was " in printed
+
+
+# What a fake GPU held in a step of DiT-XL/2, GiB: --precision, images, pixels, checkpointed, parts
+MEASURED = {
+    ("bf16", 32, 256, False, 1): 23.3, ("bf16", 32, 256, True, 1): 13.1, ("tf32", 32, 256, False, 1): 30.0,
+    ("tf32", 32, 256, True, 1): 13.4, ("bf16", 256, 256, False, 1): 107.5, ("bf16", 256, 256, True, 1): 22.0,
+    ("bf16", 256, 256, False, 4): 37.9, ("bf16", 32, 512, False, 1): 59.4, ("tf32", 32, 512, False, 1): 89.7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_estimated_memory_of_a_gpu(case):
+    precision, images, pixels, checkpointed, parts = case
+    args = parse(
+        "--model", XL_2, "--precision", precision, "--grad-accum-steps", parts,
+        "--grad-checkpointing" if checkpointed else "--no-grad-checkpointing",
+    )  # fmt: skip
+    config = dict(DiT_models[XL_2].keywords, input_size=pixels // 8)
+    found = sum(step_memory(args, config, dict(learn_sigma=True), images).values())
+    assert found / 2**30 == pytest.approx(MEASURED[case], rel=0.1)
+
+
+def parse(*argv):
+    return train.build_parser().parse_args([*map(str, argv)])
+
+
+def train_and_print_the_peak(model, images):
+    """Two steps of train.py's own, in this process; the memory that they took at most, GiB."""
+    args = parse(
+        "--model", model, "--global-batch-size", images, "--num-classes", 1000, "--precision", "fp32"
+    )
+
+    def two_steps(images, **config):
+        state = TrainingState(
+            args, DiT_models[model](**config), create_process(dict(learn_sigma=True)), ALONE
+        )
+        args.global_batch_size = images
+        batch = torch.zeros(images, 4, 32, 32), torch.zeros(images, dtype=torch.long)
+        for _ in range(2):
+            train.train_step(state, *batch, args, lambda images, noise: images)
+
+    two_steps(2, depth=1, hidden_size=48, num_heads=1)  # loads the libraries
+    restart_peak_memory(ALONE.device)
+    before = memory_gib(ALONE.device)
+    two_steps(images)
+    print("peak", memory_gib(ALONE.device) - before)
+
+
+@pytest.mark.parametrize("model, images", [("DiT-S/2", 32), ("DiT-B/2", 8)])
+def test_estimated_memory_is_what_a_step_takes(model, images):
+    """On the CPU, with an allocator that gives back what is freed."""
+    code = f"import test_without_a_gpu as test; test.train_and_print_the_peak({model!r}, {images})"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    ).stdout  # fmt: skip
+    measured = float(printed.split("peak ")[1])
+    args = parse("--model", model, "--precision", "fp32")
+    estimated = sum(step_memory(args, DiT_models[model].keywords, dict(learn_sigma=True), images).values())
+    assert estimated / 2**30 == pytest.approx(measured, rel=0.15)
+
+
+def test_the_plan_of_eight_gpus(tmp_path, monkeypatch, capsys):
+    """The paper's run on cards of 24 GiB, seen from a laptop: too much, and what would take less."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset", "cifar10", "--image-size", 32, "--vae", "none", "--model", XL_2, "--dry-run"]
+    train.main(parse(*argv, "--world-size", 8, "--device-memory", 24))
+    printed = capsys.readouterr().out
+    needed = float(re.search(r"memory +([\d.]+) GiB on each GPU", printed)[1])
+    less = re.search(r"than the 24.0 GiB there are; give --grad-checkpointing \(([\d.]+) GiB", printed)
+    assert needed == pytest.approx(30.0 + 2 + 2.5, rel=0.1)  # of 32 images, float32; CUDA, exchange
+    assert float(less[1]) == pytest.approx(13.4 + 2 + 2.5, rel=0.1)
+    assert "--shard (" in printed and "a step on 8 x A100" in printed
+    with pytest.raises(UserError, match="--world-size: only with --dry-run"):
+        train.main(parse(*argv[:-1], "--world-size", 8))
