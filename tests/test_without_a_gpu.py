@@ -73,11 +73,11 @@ def count_graphs():
 
 
 def test_a_compiled_block_is_one_graph_under_ddp(tmp_path):
-    argv = [*QUICK, "--max-steps", 2, "--depth", 2, "--hidden-size", 64, "--compile"]
+    argv = [*QUICK, "--max-steps", 2, "--hidden-size", 384, "--compile"]
     _, printed = run(tmp_path, *argv, runs=start_two, before=count_graphs)
-    # Two processes; both blocks are one code, compiled once or once each:
+    # A block each of two processes, large enough to be cut at the buckets of gradients:
     for way in ("forward", "backward"):
-        assert printed.count(f"graph {way}") in (2, 4), printed
+        assert printed.count(f"graph {way}") == 2, printed
 
 
 def test_a_gpu_is_known_by_its_form():
@@ -149,7 +149,7 @@ def train_and_print_the_peak(model, images):
     print("peak", memory_gib(ALONE.device) - before)
 
 
-@pytest.mark.parametrize("model, images", [("DiT-S/2", 32), ("DiT-B/2", 8)])
+@pytest.mark.parametrize("model, images", [("DiT-S/2", 8), ("DiT-B/2", 2)])
 def test_estimated_memory_is_what_a_step_takes(model, images):
     """On the CPU, with an allocator that gives back what is freed."""
     code = f"import test_without_a_gpu as test; test.train_and_print_the_peak({model!r}, {images})"
