@@ -149,7 +149,8 @@ def train_and_print_the_peak(model, images):
     print("peak", memory_gib(ALONE.device) - before)
 
 
-@pytest.mark.parametrize("model, images", [("DiT-S/2", 8), ("DiT-B/2", 2)])
+@pytest.mark.slow  # and by the memory that the machine says is held, which one short of memory takes back
+@pytest.mark.parametrize("model, images", [("DiT-S/2", 32), ("DiT-B/2", 8)])
 def test_estimated_memory_is_what_a_step_takes(model, images):
     """On the CPU, with an allocator that gives back what is freed."""
     code = f"import test_without_a_gpu as test; test.train_and_print_the_peak({model!r}, {images})"
