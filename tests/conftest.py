@@ -25,8 +25,8 @@ TOLERANCE = dict(atol=2e-4, rtol=2e-4)
 
 
 def pytest_xdist_auto_num_workers(config):
-    """How many workers share the tests: two, since many tests wait for processes of their own. None where there
-    is one file to run, and for tests that are timed or fill a machine, slow and gpu."""
+    """How many workers share the tests: two, since many tests wait for processes of their own. None where
+    there is one file to run, and for tests that are timed or fill a machine, slow and gpu."""
     one_file = len(config.args) == 1 and ".py" in config.args[0]
     return 0 if one_file or config.option.markexpr != "not slow and not gpu" else 2
 
