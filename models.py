@@ -519,7 +519,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y=None, force_drop_ids=None, features_of=None):
         """Predict from x (N, C, H, W) at times t (N,) with labels y (N,): (N, 2C or C, H, W).
 
-        force_drop_ids (N,): rows whose label is dropped; None lets a model in training draw them itself.
+        force_drop_ids (N,): rows whose label is dropped, train.py's draws; None lets a model draw its own.
         features_of: number of a block, from 1, whose output at the patches (N, T, D) is returned too.
         """
         if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):

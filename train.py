@@ -82,7 +82,6 @@ def main(args):
     batches = make_loader(plan.training_set, order, args.num_workers, dist.device)
     stop = StopRequest(dist)
     validation = Validation(run, autoencoder, fid, stop)
-    encode = plan.encoder(autoencoder)
     bar = tqdm(
         total=state.total, initial=state.step, desc="Training", unit="step", disable=not dist.is_main,
         dynamic_ncols=True,
@@ -95,7 +94,7 @@ def main(args):
                 signalled, unreadable = stop.agreed(problems and not args.skip_bad_images)
                 if signalled or unreadable:
                     raise Stopped
-                norm = train_step(state, images, labels, args, encode, stop.check)
+                norm = train_step(state, images, labels, args, plan.encoder(autoencoder), stop.check)
                 state.meter.add_skipped(len(problems))
                 bar.update()
 

@@ -7,6 +7,10 @@ and more:
     args         the command's options        step     optimiser steps taken
     config       model, process, autoencoder, data, sampling: plain dicts that rebuild each
     timestep_sampler   state of a learned timestep distribution
+    meter, device      running means of the log; the GPU or processor
+    aux_loss           state dict of an auxiliary loss's weights, where there is one
+
+training/run.py, Run.save, puts it together.
 
 `load` also takes the published weights and any bare state dict, as .pt or .safetensors, and what diffusers
 saved, a DiTPipeline or its transformer alone.

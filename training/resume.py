@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Whether a run may go on from a checkpoint; which one, run_dir.Experiment finds."""
 
 import os
 from itertools import zip_longest
@@ -39,7 +39,7 @@ def open_checkpoint(path, args, plan):
     if args.shard and not os.path.isdir(path):
         raise UserError(f"--shard: {path} is of a run without it; leave it out, or give it to --init-from")
     contents = sharded.load_plain(path) if args.shard else checkpoints.load(path, "--resume").contents
-    changes = _check_same_run(path, contents, args, plan)
+    changes = _check_may_continue(path, contents, args, plan)
     if plan.total_steps < contents["step"]:
         raise UserError(
             f"--max-steps {plan.total_steps}: {path} is beyond that; give at least {contents['step']}"
@@ -47,7 +47,7 @@ def open_checkpoint(path, args, plan):
     return contents, changes
 
 
-def _check_same_run(path, contents, args, plan):
+def _check_may_continue(path, contents, args, plan):
     """Raise UserError where a checkpoint is of another model, process or data; returns what else has changed
     since, as "; now lr 0.0002 (was 0.0001)", or ""."""
     for part, new in (("model", plan.model_config), ("process", plan.process.config)):
@@ -66,7 +66,7 @@ def _check_same_run(path, contents, args, plan):
 
 def _check_same_data(path, old, new, args):
     """Raise UserError where the data is not what a checkpoint was trained on, as far as that kept it: other
-    classes, or other images unless --allow-changed-data. Returns what has changed, as _check_same_run."""
+    classes, or other images unless --allow-changed-data. Returns what has changed, as _check_may_continue."""
     flag = "--feature-path" if args.feature_path else "--data-path" if args.data_path else "--dataset"
     remedy = "give the run's own data, or --resume never to start another run"
     if args.num_classes and old.get("classes", new["classes"]) != new["classes"]:
