@@ -1,6 +1,5 @@
 """How training draws its steps t: uniformly, or more often where the loss is large."""
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -87,14 +86,18 @@ class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from losses. All processes see those of all, and so keep the same weights."""
 
     def update_with_local_losses(self, local_ts, local_losses):
+        """Processes may give different numbers of rows, but each the same number every time."""
         ts, losses = local_ts.detach(), local_losses.detach().float()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            ts, losses = _gather_rows(ts), _gather_rows(losses)
-        self.update_with_all_losses(ts.tolist(), losses.tolist())
+            self._rows = self._rows or _count_rows(ts)
+            ts, losses = _gather_rows(ts, self._rows), _gather_rows(losses, self._rows)
+        self.update_with_all_losses(ts, losses)
+
+    _rows = None  # of every process
 
     @abstractmethod
     def update_with_all_losses(self, ts, losses):
-        """Learn from lists of steps and their losses, the same on every process."""
+        """Learn from steps (N,) and their losses (N,), the same on every process; wait for no GPU."""
 
 
 class LossSecondMomentResampler(LossAwareSampler):
@@ -106,42 +109,54 @@ class LossSecondMomentResampler(LossAwareSampler):
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
         super().__init__(diffusion)
         self.uniform_prob = uniform_prob
-        steps, memory = diffusion.num_timesteps, history_per_term
-        self._losses = torch.zeros(steps, memory, dtype=torch.float64, device="cpu")
-        self._counts = torch.zeros(steps, dtype=torch.int64, device="cpu")
+        self.steps, self.memory = diffusion.num_timesteps, history_per_term
+        # A row more than there are steps, for losses that are not to be learnt from:
+        self._losses = torch.zeros(self.steps + 1, self.memory, dtype=torch.float64, device="cpu")
+        self._counts = torch.zeros(self.steps + 1, dtype=torch.int64, device="cpu")
 
     def weights(self):
-        if (self._counts < self._losses.shape[1]).any():
-            return torch.ones_like(self._counts, dtype=torch.float64)
-        weights = self._losses.square().mean(dim=1).sqrt()
+        losses, counts = self._losses[: self.steps], self._counts[: self.steps]
+        weights = losses.square().mean(dim=1).sqrt()
         weights = weights / weights.sum()
-        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+        weights = weights * (1 - self.uniform_prob) + self.uniform_prob / self.steps
+        return torch.where((counts < self.memory).any(), torch.ones_like(weights), weights)
 
     def update_with_all_losses(self, ts, losses):
-        for t, loss in zip(ts, losses):
-            if not math.isfinite(loss):  # the training loop will say so
-                continue
-            self._losses[t, self._counts[t] % self._losses.shape[1]] = loss  # the oldest makes room
-            self._counts[t] += 1
+        self._losses, self._counts = self._losses.to(ts.device), self._counts.to(ts.device)
+        # A loss that is not finite ends the training by itself:
+        ts = torch.where(torch.isfinite(losses), ts.long(), self.steps)
+        ts, order = ts.sort(stable=True)
+        numbers = torch.arange(len(ts), device=ts.device)
+        earlier = numbers - torch.searchsorted(ts, ts)  # rows of the same step before this one
+        later = torch.searchsorted(ts, ts, right=True) - numbers - 1
+        # Each takes the place of its step's oldest; of more than there are places for, the last ones stay:
+        rows = torch.where(later < self.memory, ts, self.steps)
+        places = (self._counts[ts] + earlier) % self.memory
+        self._losses[rows, places] = losses[order].double()
+        self._counts.index_add_(0, ts, torch.ones_like(ts))
 
     def state_dict(self):
-        return dict(losses=self._losses, counts=self._counts)
+        return dict(losses=self._losses[: self.steps], counts=self._counts[: self.steps])
 
     def load_state_dict(self, state):
-        self._losses.copy_(state["losses"])
-        self._counts.copy_(state["counts"])
+        self._losses[: self.steps].copy_(state["losses"])
+        self._counts[: self.steps].copy_(state["counts"])
 
 
-def _gather_rows(rows):
-    """The rows (N,) of all processes, N not necessarily the same, in order of rank."""
+def _count_rows(rows):
+    """How many rows every process has, a list."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    longest = int(max(counts))
-    padded = torch.nn.functional.pad(rows, (0, longest - len(rows)))
+    return [int(count) for count in counts]
+
+
+def _gather_rows(rows, counts):
+    """The rows (N,) of all processes in order of rank, N by process as counted."""
+    padded = torch.nn.functional.pad(rows, (0, max(counts) - len(rows)))
     gathered = [torch.zeros_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(gathered, counts)])
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
 
 
 SCHEDULE_SAMPLERS = {

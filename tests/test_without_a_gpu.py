@@ -1,5 +1,6 @@
 """What a GPU will need, as far as that shows without one: shards, precision, graphs, devices, memory."""
 
+import math
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ import torch
 from conftest import ROOT
 from forked import start_two
 from test_training_options import QUICK, losses, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from diffusion import create_process
+from diffusion import create_diffusion, create_process
+from diffusion.timestep_sampler import LossSecondMomentResampler
 from models import DiT_models
 from runtime.cli import UserError
 from runtime.distributed import ALONE
@@ -53,6 +56,40 @@ def test_shards_come_from_one_process_and_are_gathered_in_their_precision(tmp_pa
         "built on {'cpu'}", "built on {'meta'}",
     ]  # fmt: skip
     assert set(re.findall(r"multiplies (\S+)", printed)) == {dtype}
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where a GPU would have to be waited for: a value is looked at, or decides a shape."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (
+            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+        ), function  # fmt: skip
+        return function(*args, **(kwargs or {}))
+
+
+def test_learned_timesteps_wait_for_no_gpu():
+    """They are what one loss after the other gives, those of one step in any number, and NaN left out."""
+    sampler = LossSecondMomentResampler(create_diffusion("6", learn_sigma=False), history_per_term=3)
+    generator, history = torch.Generator().manual_seed(0), [[] for _ in range(6)]
+    for _ in range(20):
+        t = torch.randint(6, (16,), generator=generator)
+        losses = torch.rand(16, generator=generator)
+        losses[3] = torch.nan
+        with NoWait():
+            sampler.update_with_local_losses(t, losses)
+            found = sampler.weights()
+            sampler.sample(4, "cpu", generator)
+        for step, loss in zip(t.tolist(), losses.tolist()):
+            history[step] += [loss] if math.isfinite(loss) else []
+        expected = np.ones(6)
+        if min(map(len, history)) >= 3:
+            expected = np.sqrt([np.mean(np.square(losses[-3:])) for losses in history])
+            expected = expected / expected.sum() * (1 - 0.001) + 0.001 / 6
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    again = LossSecondMomentResampler(create_diffusion("6", learn_sigma=False), history_per_term=3)
+    again.load_state_dict(sampler.state_dict())
+    assert torch.equal(again.weights(), found)
 
 
 def count_graphs():
