@@ -45,7 +45,7 @@ def main(args):
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache; train.py reads the images themselves")
     dist = init_distributed()
-    args.precision = set_precision(args.precision, dist.device)
+    args.precision = set_precision(None if args.precision == "auto" else args.precision, dist.device)
     dataset = open_dataset("folder", args.data_path, args.image_size, dist=dist)
     _, factor, image_channels = describe_vae(args.vae, dataset.channels)
     if image_channels != dataset.channels:

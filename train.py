@@ -34,13 +34,12 @@ from runtime.distributed import (
     fold_seed,
     generator_for,
     init_distributed,
-    set_precision,
 )
 from training.aux_losses import RecordAuxLoss
 from training.dataset import DistributedBatchSampler, make_loader
 from training.dry_run import dry_run
 from training.options import build_parser
-from training.resolve import resolve
+from training.resolve import resolve, settle_precision
 from training.run import Run
 from training.state import TrainingState
 from training.validation import Validation, open_fid
@@ -50,7 +49,7 @@ def main(args):
     """Train a diffusion transformer, then sample it."""
     # Settle what this run is, and refuse what it cannot be:
     dist = init_distributed()
-    args.precision = set_precision(args.precision, dist.device)
+    args.precision = settle_precision(args, dist.device)
     plan = resolve(args, dist)
     if args.dry_run:
         dry_run(args, plan, dist)

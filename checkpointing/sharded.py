@@ -23,7 +23,7 @@ import warnings
 import torch
 
 from models import DiT
-from runtime.cli import user_errors
+from runtime.cli import UserError, user_errors
 
 PLAIN, SIZES = "plain.pt", "sizes.json"
 UNWRITTEN = "could not be written; earlier checkpoints stand; make room and run the same command again"
@@ -37,12 +37,19 @@ def shard_copy(module, model_of, dist, precision="fp32", compile=False):
     module     on the main process's CPU; the other processes' needs no storage
     model_of   a function that gives the DiT in the module
     precision  "bf16" to gather the blocks' weights in bfloat16; gradients are summed in float32
+
+    Raises UserError for a module with a buffer that no state dict holds, which would be lost.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shards = copy.deepcopy(module).to("meta")
-    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else {}
+    shards = copy.deepcopy(module if dist.is_main else module.to("meta")).to("meta")
+    lost = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    if lost:
+        raise UserError(f"--shard: the buffer {lost[0]} is not persistent; register it as one that is")
+    dtypes = {}
+    if gathers_bfloat16(precision, dist.device):
+        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # Autocast decides what is computed in bfloat16; the policy only spares float32 copies of the weights:
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     if compile:
@@ -55,6 +62,11 @@ def shard_copy(module, model_of, dist, precision="fp32", compile=False):
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(shards, module.state_dict() if dist.is_main else {}, options=options)
     return shards
+
+
+def gathers_bfloat16(precision, device):
+    """Whether blocks are gathered in bfloat16: on GPUs. Norms on a CPU have the type of their weights."""
+    return precision == "bf16" and device.type == "cuda"
 
 
 def gather_copy(model, device):

@@ -149,10 +149,41 @@ def test_an_auxiliary_loss_moves_what_it_is_of(tmp_path):
     assert settings["aux_layer"] == 1
 
 
+def add_counting():
+    """An optimizer that keeps a number among its options, as some do."""
+    from training.optimizers import OPTIMIZERS
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+            super().step(closure)
+
+    OPTIMIZERS["counting"] = lambda parameters, args: Counting(parameters, args.lr)
+
+
+def test_what_an_optimizer_keeps_among_its_options(tmp_path):
+    killed = Together(add_counting, stop_before_the_last_save)
+    run(tmp_path, "--optimizer", "counting", before=killed, expect=-signal.SIGKILL)
+    folder = run(tmp_path, "--optimizer", "counting", before=add_counting)
+    assert load(folder)["opt"]["param_groups"][0]["count"] == 6
+
+
 def test_what_is_refused(tmp_path):
+    folder = run(tmp_path / "run", "--optimizer", "lion", before=add_lion)
+    argv = ["--resume", folder, "--max-steps", 8]
+    for more, message in (
+        ([], "--optimizer adamw: "),
+        (["--optimizer", "lion", "--aux-loss", "predict-x"], "--aux-loss predict-x: "),
+    ):
+        run(tmp_path / "run", *argv, *more, before=Together(add_lion, add_aux_losses), expect=2)
+        printed = (tmp_path / "run" / "out").read_text()
+        assert message in printed and "give that, or give the file to --init-from" in printed
     for argv, message in (
         (["--optimizer", "lion"], "--optimizer: invalid choice: 'lion'"),
         (["--aux-loss", "small", "--aux-layer", 9], "--aux-layer 9: the model has"),
+        (["--aux-weight", 3], "--aux-weight: only with --aux-loss"),
+        (["--noise-schedule", "jsd"], "--noise-schedule jsd: ends in noise alone"),
     ):
         before = add_aux_losses if "--aux-loss" in argv else None
         run(tmp_path, *argv, before=before, expect=2)

@@ -29,8 +29,11 @@ XL_2 = "DiT-XL/2"
 
 
 def print_where_weights_are():
-    """Those that a process builds, and those that its blocks multiply with."""
+    """Those that a process builds, and those that its blocks multiply with, gathered as on a GPU."""
+    from checkpointing import sharded
     from training.state import TrainingState
+
+    sharded.gathers_bfloat16 = lambda precision, device: precision == "bf16"
 
     init = TrainingState.__init__
 
@@ -131,6 +134,13 @@ def rename_the_device():
     run.device_name = lambda device: "Another Processor"
 
 
+def test_sharded_blocks_with_norms_of_their_own_in_bf16(tmp_path):
+    argv = [*QUICK, "--max-steps", 2, "--precision", "bf16", "--block", "in-context"]
+    whole, _ = run(tmp_path / "whole", *argv, runs=start_two)
+    folder, _ = run(tmp_path / "shards", *argv, "--shard", runs=start_two)
+    np.testing.assert_allclose(losses(folder), losses(whole), rtol=2e-3)
+
+
 def test_another_device_is_said(tmp_path):
     """Its random numbers may be others: a run that is continued there is not the same to the bit."""
     argv = [*QUICK, "--ckpt-every", 4]
@@ -212,5 +222,7 @@ def test_the_plan_of_eight_gpus(tmp_path, monkeypatch, capsys):
     assert needed == pytest.approx(30.0 + 2 + 2.5, rel=0.1)  # of 32 images, float32; CUDA, exchange
     assert float(less[1]) == pytest.approx(13.4 + 2 + 2.5, rel=0.1)
     assert "--shard (" in printed and "a step on 8 x A100" in printed
+    train.main(parse(*argv, "--world-size", 8, "--precision", "auto"))
+    assert "on 8 process(es) in bf16" in capsys.readouterr().out
     with pytest.raises(UserError, match="--world-size: only with --dry-run"):
         train.main(parse(*argv[:-1], "--world-size", 8))

@@ -1,13 +1,18 @@
 """Auxiliary losses on an inner layer, added to the process's own: --aux-loss, --aux-weight, --aux-layer.
 
 A row is a function aux_loss(features, batch) -> (N,), or a class of modules (hidden_size) -> module with that
-call, whose weights are then trained too, as a projection head's. features are a block's output at the
-patches, (N, T, hidden_size); batch is a dict of the rows: images as the data set gives them, labels (N,),
-x_start and noise (N, C, H, W), t (N,). The loss of a row must not depend on the other rows, which are split
-among processes and parts in many ways.
+call, whose weights are then trained too, as a projection head's.
+
+features  a block's output at the patches, float32 (N, T, hidden_size)
+batch     a dict of the rows: images as the data set gives them, labels (N,), x_start and noise (N, C, H, W),
+          t (N,)
+
+The loss of a row must not depend on the other rows, which are split among processes and parts in many ways.
 """
 
 from torch import nn
+
+from models import disable_autocast
 
 AUX_LOSSES = {}
 
@@ -25,7 +30,8 @@ class ModelWithAuxLoss(nn.Module):
     def forward(self, x, t, batch, **model_kwargs):
         """(the model's output, the loss of every row (N,))."""
         output, features = self.model(x, t, features_of=self.layer, **model_kwargs)
-        return output, self.aux_loss(features, batch)
+        with disable_autocast(x):
+            return output, self.aux_loss(features.float(), batch)
 
     @property
     def head(self):

@@ -63,7 +63,8 @@ def _print_plan(args, plan, world_size, run, initial):
         f" {macs / 1e9:.2f} GMACs",
         input=f"{height}x{width}x{model.in_channels} by {resolve_vae(args.vae)}, of {args.image_size} pixels",
         data=f"{plan.data['count']:,} images, {args.num_classes} classes ({plan.data['dataset']})",
-        training=f"{plan.total_steps:,} steps of {args.global_batch_size} on {world_size} process(es), "
+        training=f"{plan.total_steps:,} steps of {args.global_batch_size} on {world_size} process(es)"
+        f" in {args.precision}, "
         f"{plan.total_steps / plan.steps_per_epoch:.1f} epochs,"
         f" {3 * 2 * macs * args.global_batch_size / 1e12:.2f} TFLOP a step",
         weights=initial,

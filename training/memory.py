@@ -11,6 +11,7 @@ from diffusion import create_process
 from models import DiT
 from runtime.autoencoder import PIXELS_AT_ONCE, PUBLISHED_VAES, resolve_vae
 from training.optimizers import OPTIMIZERS
+from training.state import autocast
 
 CONTEXT = 2 * 2**30  # what CUDA and its libraries take for themselves, about
 # Of an SD-VAE: its weights, and what encoding takes for each pixel that it is given at once, traced likewise:
@@ -26,9 +27,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            return (
-                True  # what is done only for some values is done, as on a GPU, which would have to be asked
-            )
+            return True  # fake tensors have no values: every branch that depends on some is taken
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
@@ -82,13 +81,10 @@ def _forward_and_backward(model, process, images, precision):
     noise, t = torch.zeros_like(x_start), process.stratified_t(images, "cpu")
     model_kwargs = {}
     if model.num_classes:
-        labels, drop = (torch.zeros(images, dtype=dtype) for dtype in (torch.long, torch.bool))
-        model_kwargs = dict(y=labels, force_drop_ids=drop)
+        y = model.y_embedder.from_labels(torch.zeros(images, dtype=torch.long))
+        model_kwargs = dict(y=y, force_drop_ids=torch.zeros(images, dtype=torch.bool))
 
-    def network(*args, **kwargs):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return model(*args, **kwargs)
-
+    network = autocast(model, torch.device("cpu"), precision)
     process.training_losses(network, x_start, t, model_kwargs, noise=noise)["loss"].mean().backward()
 
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: the options of train.py, its presets, and what they come to."""
+"""The options of train.py, and its presets."""
 
 import argparse
 

@@ -8,12 +8,14 @@ import torch
 
 from diffusion import create_process
 from diffusion.flow_matching import TIME_SAMPLINGS
+from diffusion.schedules import get_named_beta_schedule
 from diffusion.solvers import default_steps
 from diffusion.timestep_sampler import timestep_samplers_of
 from evaluation.inception import read_fid_reference, read_weights
 from models import DiT_models
 from runtime.autoencoder import VAE, describe_vae, load_autoencoder, resolve_vae
 from runtime.cli import UserError, is_utf8, user_errors
+from runtime.distributed import set_precision
 from sampling.options import (
     DEFAULTS,
     check_sampling_options,
@@ -38,7 +40,7 @@ class Plan:
     data             what a checkpoint keeps of the data set, plain data
     sampling         what a checkpoint keeps of how it is sampled, as far as the options say
     vae              as --vae takes it
-    total_steps      optimizer steps of the whole run
+    total_steps      optimizer steps of the whole run; steps_per_epoch of them pass over the data once
     """
 
     model_config: dict
@@ -117,6 +119,13 @@ def resolve(args, dist):
     return plan
 
 
+def settle_precision(args, device):
+    """What --precision stands for on this device; in a plan for another machine, on a GPU."""
+    if args.dry_run and (args.world_size or args.device_memory):
+        return {None: "tf32", "auto": "bf16"}.get(args.precision, args.precision)
+    return set_precision(args.precision, device)
+
+
 def check_processes(args, world_size):
     """Refuse what this number of processes, or that of --dry-run's plan, cannot share."""
     for name in ("world_size", "device_memory"):
@@ -168,6 +177,11 @@ def check_objective(args):
         )
     if args.objective == "flow":
         args.learn_sigma = False
+    elif get_named_beta_schedule(args.noise_schedule, 1000)[-1] >= 1:
+        raise UserError(
+            f"--noise-schedule {args.noise_schedule}: ends in noise alone, of which a model that predicts the"
+            " noise learns nothing; give another"
+        )
 
 
 def check_fid_options(args):
@@ -281,6 +295,9 @@ def configure_model(args, dataset):
 
 def check_aux_loss(args, depth):
     """Settle --aux-layer, and refuse a block that is not there."""
+    for name in ("aux_weight", "aux_layer"):
+        if name in args.by_hand and not args.aux_loss:
+            raise UserError(f"--{name.replace('_', '-')}: only with --aux-loss")
     if args.aux_loss and args.aux_layer is None:
         args.aux_layer = max(1, depth // 3)
     if args.aux_loss and args.aux_layer > depth:

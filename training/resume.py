@@ -58,8 +58,14 @@ def _check_may_continue(path, contents, args, plan):
                     f"--resume {path}: its {name.replace('_', ' ')} is {old.get(name)}, by these options"
                     f" {new.get(name)}; give the run's own, or give the file to --init-from"
                 )
-    changed_data = _check_same_data(path, contents["config"].get("data", {}), plan.data, args)
     old, new = reproducible_args(contents["args"]), reproducible_args(vars(args))
+    for name in ("optimizer", "aux_loss", "aux_layer"):
+        if old[name] != new[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {new[name]}: {path} was trained with {old[name]}; give that, or"
+                " give the file to --init-from"
+            )
+    changed_data = _check_same_data(path, contents["config"].get("data", {}), plan.data, args)
     changed = [name for name in new if name in old and new[name] != old[name]]
     return changed_data + "".join(f"; now {name} {new[name]} (was {old[name]})" for name in changed)
 

@@ -67,7 +67,7 @@ class TrainingState:
         """Take up a checkpoint: its contents, or with --shard those beside the shards in its folder.
 
         Raises UserError, naming --resume, where it is of another model."""
-        given = [{**group, "params": None} for group in self.optimizer.param_groups]
+        given = [group.get("weight_decay") for group in self.optimizer.param_groups]
         if self.args.shard:
             contents = sharded.load_into(path, self.state_dict(), contents)
             sharded.load_optimizer_state(self.trained, self.optimizer, contents["opt"])
@@ -78,8 +78,9 @@ class TrainingState:
             if self.args.aux_loss and self.trained.head is not None:
                 self.trained.head.load_state_dict(contents["aux_loss"])
             self.optimizer.load_state_dict(contents["opt"])
-        for group, options in zip(self.optimizer.param_groups, given):  # as given now, should they differ
-            group.update(options, params=group["params"])
+        for group, weight_decay in zip(self.optimizer.param_groups, given):
+            if weight_decay is not None:  # as given now, should it differ
+                group["weight_decay"] = weight_decay
         self.timestep_sampler.load_state_dict(contents["timestep_sampler"])
         self.meter.load_state_dicts(contents["meter"], self.dist)
         self.step = contents["step"]
