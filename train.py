@@ -27,7 +27,7 @@ from checkpointing import files as checkpoints
 from checkpointing.published import find_file
 from checkpointing.sharded import full_tensor, local_shard
 from models import DiT
-from runtime.cli import Stopped, launch, leave_group
+from runtime.cli import Stopped, launch
 from runtime.distributed import (
     STEP,
     StopRequest,
@@ -118,7 +118,6 @@ def main(args):
     run.close_metrics()
     if args.sample_every != 0:
         validation.sample(state)
-    leave_group()
     run.finish()
     python = "uv run" if "UV" in os.environ else "python"
     labels = " --class-labels 0 1 2 3 4 5 6 7 8 9" if model.num_classes == 10 else ""

@@ -246,6 +246,8 @@ def launch(main, parser):
         # An error from a data-loading worker carries that worker's traceback; its last line is the message.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         parser.error(line)
+    # Not before main has let go of its DDP model. Freed after the group, it would be the last to own it and
+    # would end it: waiting, with the lock of the interpreter held, for threads that need that lock.
     leave_group()
 
 
