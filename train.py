@@ -57,8 +57,7 @@ def main(args):
 
     # Load what can fail to load, before anything is written:
     with dist.agreeing():
-        decodes = args.sample_every != 0 or args.fid_ref
-        autoencoder = plan.load_autoencoder(dist.device, decodes)
+        autoencoder = plan.load_autoencoder(dist.device)
         initial = args.init_from and checkpoints.load(find_file(args.init_from, "--init-from"), "--init-from")
         fid = open_fid(args, plan, dist) if args.fid_ref else None
 

@@ -43,10 +43,10 @@ def shard_copy(module, model_of, dist, precision="fp32", compile=False):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shards = copy.deepcopy(module if dist.is_main else module.to("meta")).to("meta")
-    lost = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    lost = dict(module.named_buffers()).keys() - module.state_dict().keys()
     if lost:
-        raise UserError(f"--shard: the buffer {lost[0]} is not persistent; register it as one that is")
+        raise UserError(f"--shard: the buffer {min(lost)} is not persistent; register it as one that is")
+    shards = copy.deepcopy(module if dist.is_main else module.to("meta")).to("meta")
     dtypes = {}
     if gathers_bfloat16(precision, dist.device):
         dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

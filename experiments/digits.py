@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from evaluation.metrics import Moments, frechet_distance
+from evaluation.metrics import frechet_distance, mean_and_covariance
 from runtime.cli import UserError, atomic_write, int_at_least
 from training.dataset import Digits
 
@@ -38,12 +37,8 @@ class Judge:
 
     def distance(self, digits, others=None):
         """The Fréchet distance of digits (N, 64) to the real ones, or to others, as pixels of -1 … 1."""
-        moments = []
-        for rows in (digits, self.real if others is None else others):
-            found = Moments(64)
-            found.add(torch.from_numpy(rows / 8 - 1))
-            moments += [found.mean, found.covariance]
-        return float(frechet_distance(*moments))
+        others = self.real if others is None else others
+        return frechet_distance(*mean_and_covariance(digits / 8 - 1), *mean_and_covariance(others / 8 - 1))
 
     def real_distance(self, count=500, draws=10):
         """What perfect samples would have: of count real digits to the others, the mean of some draws."""

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.features import FEATURES, features_of
-from evaluation.metrics import Moments, frechet_distance, kernel_distance
+from evaluation.metrics import frechet_distance, kernel_distance, mean_and_covariance
 from runtime.cli import Parser, UserError, atomic_write, launch, seed_number
 from runtime.flops import count_macs
 from runtime.image_io import to_uint8
@@ -154,7 +154,7 @@ class Networks:
     def __init__(self, networks, images, subset_size=1000):
         self.networks, self.subset_size = networks, subset_size
         self.reference = {name: features_of(images, network) for name, network in networks.items()}
-        self.moments = {name: moments_of(rows) for name, rows in self.reference.items()}
+        self.moments = {name: mean_and_covariance(rows) for name, rows in self.reference.items()}
 
     def distances(self, images, labels):
         """{network: its distances} of images uint8 (N, H, W, C) from the test images."""
@@ -165,20 +165,13 @@ class Networks:
                 self.reference[name], rows, subsets=SUBSETS, subset_size=self.subset_size
             )
             found[name] = dict(
-                frechet=frechet_distance(*self.moments[name], *moments_of(rows)), kernel=kernel,
+                frechet=frechet_distance(*self.moments[name], *mean_and_covariance(rows)), kernel=kernel,
                 kernel_error=deviation / SUBSETS**0.5,
             )  # fmt: skip
             if hasattr(network, "logits"):
                 told = network.logits(rows).argmax(1).numpy() == labels
                 found[name]["accuracy"] = float(told.mean())
         return found
-
-
-def moments_of(rows):
-    """Mean and covariance of rows."""
-    moments = Moments(rows.shape[1])
-    moments.add(rows)
-    return moments.mean, moments.covariance
 
 
 def open_networks(args):

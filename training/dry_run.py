@@ -33,7 +33,7 @@ def dry_run(args, plan, dist):
 def _foresee(args, plan):
     """In words, which run it would be, and its first weights, "" where they are random."""
     if os.path.isdir(resolve_vae(args.vae)):
-        plan.load_autoencoder(ALONE.device, decodes=args.sample_every != 0 or args.fid_ref)
+        plan.load_autoencoder(ALONE.device)
     if args.fid_ref and (args.inception_weights or local_inception()):
         open_fid(args, plan, ALONE)
     initial = ""
@@ -90,13 +90,13 @@ def _costs(args, plan, world_size, macs):
         rows["too much"] = (
             f"more than the {available / 2**30:.1f} GiB there are; {_remedy(args, plan, world_size)}"
         )
-    # A share of the datasheet's peak that was published for this model on an A100, for all of them:
-    flops = 6 * macs * args.global_batch_size / world_size / PUBLISHED_SHARE
-    seconds = ", ".join(
-        f"{name} {flops / datasheet_flops(name, 'bf16' if args.precision == 'bf16' else 'tf32'):.2g} s"
-        for name in ("A100", "H100", "H200")
-    )
     if macs > 1e9:  # the steps of smaller models take other things than products
+        # A share of the datasheet's peak that was published for this model on an A100, for all of them:
+        flops = 6 * macs * args.global_batch_size / world_size / PUBLISHED_SHARE
+        seconds = ", ".join(
+            f"{name} {flops / datasheet_flops(name, 'bf16' if args.precision == 'bf16' else 'tf32'):.2g} s"
+            for name in ("A100", "H100", "H200")
+        )
         rows["time"] = f"a step on {world_size} x {seconds}; estimated at {PUBLISHED_SHARE:.0%} of the peak"
     checkpoint = memory["weights"] + memory["average"] + memory["optimizer"]
     checkpoint *= world_size if args.shard else 1

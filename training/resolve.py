@@ -8,7 +8,6 @@ import torch
 
 from diffusion import create_process
 from diffusion.flow_matching import TIME_SAMPLINGS
-from diffusion.schedules import get_named_beta_schedule
 from diffusion.solvers import default_steps
 from diffusion.timestep_sampler import timestep_samplers_of
 from evaluation.inception import read_fid_reference, read_weights
@@ -40,6 +39,7 @@ class Plan:
     data             what a checkpoint keeps of the data set, plain data
     sampling         what a checkpoint keeps of how it is sampled, as far as the options say
     vae              as --vae takes it
+    decodes          whether pictures will be made, in training or at its end
     total_steps      optimizer steps of the whole run; steps_per_epoch of them pass over the data once
     """
 
@@ -51,6 +51,7 @@ class Plan:
     data: dict
     sampling: dict
     vae: str
+    decodes: bool
     total_steps: int
     steps_per_epoch: int
 
@@ -62,16 +63,13 @@ class Plan:
         """How this run's checkpoints are sampled, in full; for FID, with FID_CFG_SCALE."""
         return {**DEFAULTS, "cfg_scale": cfg_scale, **self.process.sampling, **self.sampling}
 
-    def load_autoencoder(self, device, decodes=True):
-        """What encodes and decodes. From a cache, its weights are read when the first picture is made.
-
-        decodes: there will be one, for which they are read now, to fail now rather than then.
-        """
+    def load_autoencoder(self, device):
+        """What encodes and decodes. From a cache, weights that no picture will need are not read."""
         if not self.has_cached_latents:
             return load_autoencoder(self.vae, device, self.dataset.channels)
         autoencoder = VAE(self.vae, self.dataset.vae).to(device)
-        if decodes:
-            _ = autoencoder.model
+        if self.decodes:
+            _ = autoencoder.model  # to fail now rather than at the first picture
         return autoencoder
 
     def encoder(self, autoencoder):
@@ -97,6 +95,11 @@ def resolve(args, dist):
     process = create_process(process_config(args))
     options = {**dict.fromkeys(DEFAULTS), **process.sampling, **given_sampling(args)}
     check_sampling_options(options, process)
+    if args.objective == "diffusion" and process.original_betas[-1] >= 1:
+        raise UserError(
+            f"--noise-schedule {args.noise_schedule}: ends in noise alone, of which a model that predicts the"
+            " noise learns nothing; give another"
+        )
     check_fid_options(args)
     if args.wandb:
         import_wandb()
@@ -111,7 +114,8 @@ def resolve(args, dist):
     plan = Plan(
         model_config=model_config, process=process, dataset=dataset,
         training_set=training_set, held_out=held_out, data=describe_data(args, dataset),
-        sampling=given_sampling(args), vae=args.vae, steps_per_epoch=steps_per_epoch,
+        sampling=given_sampling(args), vae=args.vae, decodes=args.sample_every != 0 or bool(args.fid_ref),
+        steps_per_epoch=steps_per_epoch,
         total_steps=args.max_steps or args.epochs * steps_per_epoch,
     )  # fmt: skip
     # For the pictures at the end:
@@ -128,11 +132,10 @@ def settle_precision(args, device):
 
 def check_processes(args, world_size):
     """Refuse what this number of processes, or that of --dry-run's plan, cannot share."""
-    for name in ("world_size", "device_memory"):
-        if name in args.by_hand and not args.dry_run:
-            raise UserError(
-                f"--{name.replace('_', '-')}: only with --dry-run, which plans for other machines"
-            )
+    if not args.dry_run:
+        refuse_by_hand(
+            args, ("world_size", "device_memory"), "only with --dry-run, which plans for other machines"
+        )
     world_size = args.world_size or world_size
     if args.shard and world_size == 1:
         raise UserError("--shard: one process has nothing to share weights with; start several with torchrun")
@@ -160,15 +163,20 @@ def split(args, dataset, dist):
     return ReadableDataset(training_set, args.skip_bad_images), held_out
 
 
+def refuse_by_hand(args, names, why):
+    """Raise UserError for the first of these options that was given, and not as switched off."""
+    for name in names:
+        if name in args.by_hand and getattr(args, name) is not False:
+            raise UserError(f"--{name.replace('_', '-')}: {why}")
+
+
 def check_objective(args):
     """Refuse options of the other objective, and settle --learn-sigma: a flow has no variance to learn."""
     other = dict(
         diffusion=("flow_path", "flow_prediction", "time_shift"),
         flow=("noise_schedule", "learn_sigma", "sigma_small"),
     )
-    for name in other[args.objective]:
-        if name in args.by_hand and getattr(args, name) is not False:
-            raise UserError(f"--{name.replace('_', '-')}: has no meaning with --objective {args.objective}")
+    refuse_by_hand(args, other[args.objective], f"has no meaning with --objective {args.objective}")
     serving = timestep_samplers_of(args.objective)
     if args.timestep_sampler not in serving:
         raise UserError(
@@ -177,11 +185,6 @@ def check_objective(args):
         )
     if args.objective == "flow":
         args.learn_sigma = False
-    elif get_named_beta_schedule(args.noise_schedule, 1000)[-1] >= 1:
-        raise UserError(
-            f"--noise-schedule {args.noise_schedule}: ends in noise alone, of which a model that predicts the"
-            " noise learns nothing; give another"
-        )
 
 
 def check_fid_options(args):
@@ -295,12 +298,12 @@ def configure_model(args, dataset):
 
 def check_aux_loss(args, depth):
     """Settle --aux-layer, and refuse a block that is not there."""
-    for name in ("aux_weight", "aux_layer"):
-        if name in args.by_hand and not args.aux_loss:
-            raise UserError(f"--{name.replace('_', '-')}: only with --aux-loss")
-    if args.aux_loss and args.aux_layer is None:
+    if not args.aux_loss:
+        refuse_by_hand(args, ("aux_weight", "aux_layer"), "only with --aux-loss")
+        return
+    if args.aux_layer is None:
         args.aux_layer = max(1, depth // 3)
-    if args.aux_loss and args.aux_layer > depth:
+    if args.aux_layer > depth:
         raise UserError(f"--aux-layer {args.aux_layer}: the model has {depth} blocks; give at most that")
 
 

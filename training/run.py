@@ -26,7 +26,7 @@ class Run:
         self.logger = create_logger(self.folder, enabled=dist.is_main)
         self.tolerate = Tolerance(self.logger)
         self.metrics = self.best = None
-        self.saved_step = 0
+        self.saved_step, self.device = 0, device_name(dist.device)
         found = "found" if self.last_checkpoint else "created"
         self.logger.info(f"Experiment directory {found} at {self.folder}")
 
@@ -36,9 +36,9 @@ class Run:
             contents, changes = open_checkpoint(self.last_checkpoint, self.args, self.plan)
             state.load(self.last_checkpoint, contents)
             self.saved_step = state.step
-            before, now = contents.get("device"), device_name(self.dist.device)
-            if before not in (None, now):  # even the random numbers of two models of GPU differ
-                changes += f"; now on {now} (was {before}), which gives other bits"
+            before = contents.get("device")
+            if before not in (None, self.device):  # even the random numbers of two models of GPU differ
+                changes += f"; now on {self.device} (was {before}), which gives other bits"
             self.logger.info(f"Continuing after step {state.step:,} from {self.last_checkpoint}{changes}")
         args, device, plan = self.args, self.dist.device, self.plan
         self.dist.on_main(self._open, state, fid)
@@ -49,10 +49,10 @@ class Run:
             f"Training for {plan.total_steps:,} steps of {args.global_batch_size} images on"
             f" {self.dist.world_size} x {device.type}, in {args.precision}"
         )
-        peak = peak_flops(device, args.precision)
-        # The share of the peak that a step a second would be, by this device's FLOP:
-        flops = 6 * count_macs(state.model) * args.global_batch_size / self.dist.world_size
-        self.share_of_peak = flops / peak if peak else None
+        self.share_of_peak = None  # that a step a second would be, by this device's FLOP
+        if peak := peak_flops(device, args.precision):
+            flops = 6 * count_macs(state.model) * args.global_batch_size / self.dist.world_size
+            self.share_of_peak = flops / peak
 
     def _open(self, state, fid):
         self.experiment.prepare_resume(self.args)
@@ -73,9 +73,7 @@ class Run:
         Raises UserError, on every process, where a loss was not finite, or it cannot be written."""
         state.nonfinite.raise_if_any(self.last_checkpoint)
         state.assert_same()
-        contents = dict(
-            state.state_dict(), args=vars(self.args), config=self.config, device=device_name(self.dist.device)
-        )
+        contents = dict(state.state_dict(), args=vars(self.args), config=self.config, device=self.device)
         path = self.dist.broadcast(
             self.experiment and self.experiment.checkpoint_path(state.step, folder=self.args.shard)
         )

@@ -50,6 +50,11 @@ class TrainingState:
         """The parameters that are trained."""
         return [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
 
+    @property
+    def aux_head(self):
+        """The module of an auxiliary loss that has weights of its own, or None."""
+        return self.trained.head if self.args.aux_loss else None
+
     def state_dict(self):
         """The contents of a checkpoint, tensors in shards with --shard; every process calls it."""
         contents = dict(
@@ -57,8 +62,8 @@ class TrainingState:
             timestep_sampler=self.timestep_sampler.state_dict(),
             meter=self.dist.gather(self.meter.state_dict()),
         )  # fmt: skip
-        if self.args.aux_loss and self.trained.head is not None:
-            contents["aux_loss"] = self.trained.head.state_dict()
+        if self.aux_head is not None:
+            contents["aux_loss"] = self.aux_head.state_dict()
         if self.args.shard:
             return dict(contents, opt=sharded.optimizer_state(self.trained, self.optimizer))
         return dict(contents, opt=self.optimizer.state_dict())
@@ -75,8 +80,8 @@ class TrainingState:
             found = checkpoints.Checkpoint(path, contents)
             checkpoints.load_weights(self.model, found.state_dict("raw"), path, "--resume")
             checkpoints.load_weights(self.ema, found.state_dict("ema"), path, "--resume")
-            if self.args.aux_loss and self.trained.head is not None:
-                self.trained.head.load_state_dict(contents["aux_loss"])
+            if self.aux_head is not None:
+                self.aux_head.load_state_dict(contents["aux_loss"])
             self.optimizer.load_state_dict(contents["opt"])
         for group, weight_decay in zip(self.optimizer.param_groups, given):
             if weight_decay is not None:  # as given now, should it differ
