@@ -17,7 +17,7 @@ import os
 from checkpointing.files import export, load, save
 from checkpointing.published import find_file
 from diffusion import create_flow
-from runtime.autoencoder import add_vae_argument
+from runtime.autoencoder import add_vae_argument, channel_statistics
 from runtime.cli import Parser, UserError, launch
 
 __all__ = ["export", "load", "save"]
@@ -33,7 +33,8 @@ def main(args):
     if args.sit:
         found.config["process"] = create_flow(time_scale=1.0, published_sit=True).config
     if args.vae is not None:
-        found.config["autoencoder"] = dict(vae=args.vae)
+        kept = channel_statistics(found.config.get("autoencoder", {}))
+        found.config["autoencoder"] = dict(kept, vae=args.vae)
     differences = export(found, args.out, args.weights, args.any_classes)
     print(f"Wrote {args.out}")
     if differences:

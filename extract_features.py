@@ -1,18 +1,23 @@
-"""Encode a folder of images once, so that training need not: a cache of VAE posteriors.
+"""Encode a folder of images once, so that training need not: a cache of latents.
 
     python extract_features.py --data-path /path/to/images --features-path features
     torchrun --nproc_per_node=8 extract_features.py --data-path /path/to/imagenet/train
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --feature-path features
 
 Kept are the moments, mean and log-variance, of every image and of its mirror image, in half precision:
-training still draws a fresh latent and a fresh flip every time. ImageNet at 256 pixels takes 42 GB.
+training still draws a fresh latent and a fresh flip every time. ImageNet at 256 pixels takes 42 GB. Of an
+autoencoder without a posterior, such as taesd, the latents are kept, in half the space.
+
+The mean and standard deviation of the latents are measured too, of all together and of every channel, after
+the VAE's own shift and scale. train.py --latent-normalization channel normalises by those of the channels.
 
 Run the same command again after an interruption: finished shards stay. The files are the same, byte for byte,
 whatever the number of processes.
 
     features/
         manifest.json        VAE, scale, resolution, classes, counts, checksums, statistics
-        moments-00000.npy    float16 (images, 2, 2 channels, h, w): the image, then its mirror image
+        moments-00000.npy    float16 (images, 2, 2 channels, h, w): the image, then its mirror image; or
+        latents-00000.npy    float16 (images, 2, channels, h, w)
         labels-00000.npy     int64 (images,)
 """
 
@@ -33,6 +38,7 @@ from runtime.distributed import add_precision_argument, init_distributed, set_pr
 from runtime.image_io import check_folder
 from training.dataset import ReadableDataset, make_loader, open_dataset
 from training.latent_cache import MANIFEST
+from training.latent_statistics import SUMS, channel_sums, summarize
 
 UNWRITTEN = "could not be written to; make room and run the same command again"
 
@@ -100,7 +106,8 @@ def main(args):
         latents = manifest["latents"]
         logger.info(
             f"Encoded {manifest['count']:,} images into {args.features_path}; latents have mean"
-            f" {latents['mean']:.3f} and standard deviation {latents['std']:.3f} after scaling"
+            f" {latents['mean']:.3f} and standard deviation {latents['std']:.3f} after scaling, from"
+            f" {min(latents['channel_std']):.3f} to {max(latents['channel_std']):.3f} by channel"
         )
 
 
@@ -206,7 +213,8 @@ def encode_shards(shards, dataset, autoencoder, manifest, args, dist):
 
 def finish_shard(folder, shard, moments, labels, autoencoder):
     """Write a shard's files, and the note that says they are whole."""
-    note = dict(moments=f"moments-{shard:05d}.npy", labels=f"labels-{shard:05d}.npy", count=len(labels))
+    name = "latents" if autoencoder.is_deterministic else "moments"
+    note = dict(moments=f"{name}-{shard:05d}.npy", labels=f"labels-{shard:05d}.npy", count=len(labels))
     with user_errors(f"--features-path {folder}", UNWRITTEN, OSError):
         for kind, values in (("labels", labels), ("moments", moments)):
             path = os.path.join(folder, note[kind])
@@ -214,12 +222,7 @@ def finish_shard(folder, shard, moments, labels, autoencoder):
                 np.save(file, values)
         with open(path, "rb") as file:
             note |= dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
-        note |= dict(values=moments.size // 2, sum=0.0, square=0.0)
-        for start in range(0, len(moments), 64):  # a float64 copy of all takes gigabytes
-            mean, logvar = np.split(moments[start : start + 64].astype(np.float64), 2, axis=2)
-            mean = (mean - autoencoder.shift) * autoencoder.scale
-            note["sum"] += float(mean.sum())
-            note["square"] += float((mean**2 + np.exp(logvar) * autoencoder.scale**2).sum())
+        note |= channel_sums(moments, autoencoder)
         with atomic_write(note_path(folder, shard)) as file:
             json.dump(note, file)
 
@@ -235,7 +238,8 @@ def read_note(folder, shard):
         with open(note_path(folder, shard)) as file:
             note = json.load(file)
         whole = os.path.getsize(os.path.join(folder, note["moments"])) == note["bytes"]
-        return note if whole and os.path.exists(os.path.join(folder, note["labels"])) else None
+        summed = isinstance(note["sum"], list)  # else of an earlier version, without a sum for each channel
+        return note if whole and summed and os.path.exists(os.path.join(folder, note["labels"])) else None
     except (OSError, json.JSONDecodeError):
         return None
 
@@ -247,9 +251,7 @@ def complete(folder, manifest, shards):
         raise UserError(
             f"--features-path {folder}: shard {notes.index(None)} is missing; run the same command again"
         )
-    n, total, square = (math.fsum(note.pop(name) for note in notes) for name in ("values", "sum", "square"))
-    mean = total / n
-    manifest["latents"] = dict(mean=mean, std=math.sqrt(square / n - mean**2))
+    manifest["latents"] = summarize([{key: note.pop(key) for key in SUMS} for note in notes])
     with user_errors(f"--features-path {folder}", UNWRITTEN, OSError):
         with atomic_write(os.path.join(folder, MANIFEST)) as file:
             json.dump(dict(manifest, complete=True, shards=notes), file, indent=1)

@@ -22,7 +22,7 @@ from checkpointing import files as checkpoints
 from checkpointing.published import PRETRAINED_MODELS, find_file, published_config
 from diffusion import create_diffusion, create_process
 from models import DiT_models
-from runtime.autoencoder import Pixels, describe_vae, load_autoencoder
+from runtime.autoencoder import Pixels, channel_statistics, describe_vae, load_autoencoder
 from runtime.cli import UserError
 from runtime.distributed import PRECISIONS
 from runtime.image_io import to_unit
@@ -351,7 +351,8 @@ class CheckpointSpec:
         else:
             self.checkpoint.state_dict(weights)  # which it may not have
             kept, described = self.checkpoint.config, self.checkpoint
-        self.vae = vae or kept.get("autoencoder", {}).get("vae") or default_vae
+        self.autoencoder_config = kept.get("autoencoder", {})
+        self.vae = vae or self.autoencoder_config.get("vae") or default_vae
         # How many channels the images have shows in the model alone where there is no VAE:
         channels, factor, image_channels = describe_vae(self.vae, image_channels=None)
         self.model_config = described.model_config(
@@ -380,6 +381,11 @@ class CheckpointSpec:
             mine, other = self.model_config.get(name), guide.model_config.get(name)
             if mine != other:
                 raise UserError(f"--guide {guide.path}: its {name} is {other}, and {mine} in {self.path}")
+        mine, other = (channel_statistics(spec.autoencoder_config) for spec in (self, guide))
+        if mine != other:
+            raise UserError(
+                f"--guide {guide.path}: its latents are normalised otherwise than those of {self.path}"
+            )
         if guide.process.config != self.process.config:
             raise UserError(f"--guide {guide.path}: was trained for another process than {self.path}")
         return guide
@@ -409,7 +415,7 @@ class CheckpointSpec:
             raise UserError(f"--precision {describe_value(precision)}: choose one of {', '.join(PRECISIONS)}")
         network = self._build_network(precision, compile)
         guide = self.guide and self.guide._build_network(precision, compile)
-        autoencoder = load_autoencoder(self.vae, device, image_channels=network.in_channels)
+        autoencoder = load_autoencoder(self.vae, device, network.in_channels, self.autoencoder_config)
         return Sampler(network, self.process, autoencoder, device, self.defaults, guide, cuda_graphs)
 
     def _build_network(self, precision, compile):

@@ -70,7 +70,7 @@ def main(args):
     if initial:
         run.logger.info(checkpoints.initialize(model, initial))
     state = TrainingState(args, model, plan.process, dist, plan.total_steps)
-    run.start(state, fid)
+    run.start(state, autoencoder, fid)
 
     # Train:
     order = DistributedBatchSampler(

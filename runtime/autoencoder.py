@@ -1,18 +1,24 @@
-"""Between images and what the model sees: the latents of a VAE (Rombach et al., arXiv 2112.10752), or pixels.
+"""Between images and what the model sees: latents of an autoencoder (Rombach et al., 2112.10752), or pixels.
 
 Both classes have the same interface: channels and factor (how many times smaller), image_channels, encode,
 decode, and `config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from runtime.cli import UserError, torch_defaults, user_errors
 
-# What --vae calls the two decoders that the paper's samples were made with:
-PUBLISHED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+# What --vae calls the two decoders that the paper's samples were made with, and a tiny one of their latents:
+PUBLISHED_VAES = {
+    "ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd",
+}  # fmt: skip
 # The scale of the first Stable Diffusion VAEs, whose configs do not hold it:
 SD_SCALE = 0.18215
+# How train.py makes latents about unit variance: by the VAE's shift and scale, or by channel besides:
+LATENT_NORMALIZATIONS = ("scale", "channel")
 PIXELS_AT_ONCE = 2**20  # that a VAE is given, for each of which it works in about 5 KB
 
 
@@ -36,56 +42,126 @@ class Pixels:
         return x
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """How autoencoders of one class are read: of diffusers, or with its interface, from a folder or the hub.
+
+    latents   the attribute of what `encode` returns: "latent_dist", a posterior with mean and logvar; or the
+              name of the latents of a deterministic encoder
+    factor    a function config -> how many times smaller the latents are, height and width
+    load      a function name -> module, of a folder or hub id; None for the class of diffusers
+
+    config.json has the class (`_class_name`), latent_channels, in_channels and, where they are not 1 and 0,
+    scaling_factor and shift_factor."""
+
+    latents: str
+    factor: Callable[[dict], int]
+    load: Callable | None = None
+
+    @property
+    def is_deterministic(self):
+        return self.latents != "latent_dist"
+
+    def describe(self, config):
+        """The `config` of a VAE, but its name, of what config.json holds."""
+        default_scale = 1.0 if self.is_deterministic else SD_SCALE
+        described = dict(
+            channels=config["latent_channels"], factor=self.factor(config),
+            scale=float(config.get("scaling_factor") or default_scale),
+            shift=float(config.get("shift_factor") or 0.0),
+        )  # fmt: skip
+        return dict(described, deterministic=True) if self.is_deterministic else described
+
+
+def halved_between(widths):
+    """The factor of an encoder that halves the image between any two of the stages whose widths this entry of
+    its config lists."""
+    return lambda config: 2 ** (len(config[widths]) - 1)
+
+
+# By the class that config.json names. A row added from outside serves every command.
+AUTOENCODERS = {
+    "AutoencoderKL": Architecture("latent_dist", halved_between("block_out_channels")),
+    "AsymmetricAutoencoderKL": Architecture("latent_dist", halved_between("down_block_out_channels")),
+    "AutoencoderKLFlux2": Architecture("latent_dist", halved_between("block_out_channels")),
+    "AutoencoderTiny": Architecture("latents", halved_between("encoder_block_out_channels")),
+    "AutoencoderDC": Architecture("latent", halved_between("encoder_block_out_channels")),
+}
+
+
 class VAE:
-    """A diffusers AutoencoderKL, frozen; latents are (latent - shift) * scale, about unit variance.
+    """An autoencoder of AUTOENCODERS, frozen; latents are (latent - shift) * scale, about unit variance.
 
     config, as `config` of another one gave it, stands in for the file's: the weights are then read on first
-    use."""
+    use. is_deterministic: its encoder gives latents, no posterior."""
 
     clip_denoised = False
 
     def __init__(self, name, config=None):
         self.name, self.device, self._model = name, torch.device("cpu"), None
+        self._architecture = AUTOENCODERS["AutoencoderKL"]
         if config is None:
-            found = self.model.config
-            config = dict(
-                channels=found.latent_channels,
-                factor=2 ** (len(found.block_out_channels) - 1),
-                scale=float(found.get("scaling_factor") or SD_SCALE),
-                shift=float(found.get("shift_factor") or 0.0),
-            )
+            with _loading_vae(name):
+                found = self.model.config
+                config = self._architecture.describe(found)
         self.channels, self.factor = config["channels"], config["factor"]
         self.scale, self.shift = config["scale"], config["shift"]
+        self.is_deterministic = config.get("deterministic", False)
         self.config = dict(
             vae=name, channels=self.channels, factor=self.factor, scale=self.scale, shift=self.shift
+        )
+        if self.is_deterministic:
+            self.config["deterministic"] = True
+        self._mean = self._std = None
+        if "channel_std" in config:
+            self.normalize_channels(**channel_statistics(config))
+
+    def normalize_channels(self, channel_mean, channel_std):
+        """Normalise the latents by channel: mean and standard deviation of each, after shift and scale."""
+        self.config |= dict(channel_mean=list(channel_mean), channel_std=list(channel_std))
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None]
+            for values in (channel_mean, channel_std)
         )
 
     @property
     def model(self):
         if self._model is None:
-            self._model = _load_autoencoder_kl(self.name).eval().requires_grad_(False).to(self.device)
+            self._architecture, model = _load_model(self.name)
+            self._model = model.eval().requires_grad_(False).to(self.device)
         return self._model
 
     @property
     def image_channels(self):
-        return self.model.config.in_channels
+        return self.model.config["in_channels"]
 
     def to(self, device):
         self.device = torch.device(device)
         if self._model is not None:
             self._model.to(device)
+        if self._std is not None:
+            self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
     @torch.no_grad()
     def moments(self, images):
-        """Mean and log-variance, (N, 2 channels, H/factor, W/factor), of the posterior of each image."""
-        posteriors = [self.model.encode(part).latent_dist for part in in_parts(images)]
-        return torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in posteriors])
+        """Mean and log-variance, (N, 2 channels, H/factor, W/factor), of the posterior of each image; of a
+        deterministic encoder its latents, (N, channels, H/factor, W/factor)."""
+        return torch.cat([self._moments(part) for part in in_parts(images)])
+
+    def _moments(self, images):
+        latents = getattr(self.model.encode(images), self._architecture.latents)
+        return latents if self.is_deterministic else torch.cat([latents.mean, latents.logvar], dim=1)
 
     def sample_posterior(self, moments, noise):
-        """Latents (N, channels, h, w) drawn from posteriors (N, 2 channels, h, w) with this noise."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return (mean + torch.exp(0.5 * logvar) * noise - self.shift) * self.scale
+        """Latents (N, channels, h, w), normalised, of what `moments` gave: drawn with this noise from
+        posteriors; of a deterministic encoder they are what they are."""
+        latents = moments
+        if not self.is_deterministic:
+            mean, logvar = moments.chunk(2, dim=1)
+            latents = mean + torch.exp(0.5 * logvar) * noise
+        x = (latents - self.shift) * self.scale
+        return x if self._std is None else (x - self._mean) / self._std
 
     def encode(self, images, noise):
         """Latents (N, channels, H/factor, W/factor), drawn from each image's posterior with this noise."""
@@ -94,8 +170,14 @@ class VAE:
     @torch.no_grad()
     def decode(self, x):
         """Images (N, 3, H, W) of latents."""
+        x = x if self._std is None else x * self._std + self._mean
         x = x / self.scale + self.shift
         return torch.cat([self.model.decode(part).sample for part in in_parts(x, self.factor)])
+
+
+def channel_statistics(config):
+    """What a `config` says of the channels' statistics: channel_mean and channel_std, or nothing."""
+    return {name: config[name] for name in ("channel_mean", "channel_std") if name in config}
 
 
 def in_parts(x, factor=1):
@@ -115,28 +197,31 @@ def describe_vae(name, image_channels):
         return image_channels, 1, image_channels
     if name in PUBLISHED_VAES.values():
         return 4, 8, 3  # known without a network
+    architecture, config = _read_config(name)
     with _loading_vae(name):
-        from diffusers import AutoencoderKL
-
-        config = AutoencoderKL.load_config(name)
-        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1), config["in_channels"]
+        described = architecture.describe(config)
+        return described["channels"], described["factor"], config["in_channels"]
 
 
-def load_autoencoder(name, device, image_channels=3):
-    """The VAE (on the device) of a published name ("ema", "mse"), hub id or folder; Pixels for "none".
+def load_autoencoder(name, device, image_channels=3, kept=None):
+    """The VAE (on the device) of a name of PUBLISHED_VAES, a hub id or a folder; Pixels for "none".
 
-    Raises UserError where it cannot be had.
+    kept: a checkpoint's config of the autoencoder that it was trained with, whose channels' statistics are
+    taken. Raises UserError where it cannot be had.
     """
     name = resolve_vae(name)
-    return (Pixels(image_channels) if name == "none" else VAE(name)).to(device)
+    autoencoder = Pixels(image_channels) if name == "none" else VAE(name)
+    if name != "none" and channel_statistics(kept or {}):
+        autoencoder.normalize_channels(**channel_statistics(kept))
+    return autoencoder.to(device)
 
 
 def add_vae_argument(parser, default, pixels=", or none to work on pixels", unnamed="mse"):
     """--vae, the same in every command. unnamed: the default where a checkpoint names none."""
     parser.add_argument(
         "--vae", default=default, metavar="VAE",
-        help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), a hub id, or a folder saved by"
-        f" diffusers{pixels}"
+        help="autoencoder: ema or mse (the published fine-tuned SD-VAEs), taesd (a tiny one of the same"
+        f" latents), a hub id, or a folder saved by diffusers{pixels}"
         f" (default: {default or f'the one of the checkpoint, or {unnamed} for published weights'})",
     )  # fmt: skip
 
@@ -146,23 +231,44 @@ def _loading_vae(name):
     is_folder = os.path.isdir(name)
     if is_folder and not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
-            f"--vae {name}: no config.json there; give the folder of a saved diffusers AutoencoderKL"
+            f"--vae {name}: no config.json there; give the folder of an autoencoder saved by diffusers"
         )
     if not is_folder and (name.count("/") != 1 or name.startswith(("/", "."))):
         raise UserError(
-            f"--vae {name}: no such folder; give ema, mse, a hub id as owner/name, a folder, or none"
+            f"--vae {name}: no such folder; give ema, mse, taesd, a hub id as owner/name, a folder, or none"
         )
     remedy = "check the name and the network, or give a folder with a copy of it"
     if is_folder:
-        remedy = "save it again with AutoencoderKL.save_pretrained"
+        remedy = "save it again with save_pretrained"
     errors = (OSError, ValueError, RuntimeError, KeyError, TypeError)
     return user_errors(f"--vae {name}", f"cannot be loaded; {remedy}", errors)
 
 
-def _load_autoencoder_kl(name):
+def _read_config(name):
+    """(Architecture, contents) of a VAE's config.json; UserError where there is none, or of another class."""
     with _loading_vae(name):
         # Imported here, since it takes seconds that a pixel model need not wait:
         from diffusers import AutoencoderKL
 
+        config = AutoencoderKL.load_config(name)
+        found = config.get("_class_name", "AutoencoderKL")
+    if found not in AUTOENCODERS:
+        raise UserError(
+            f"--vae {name}: its class is {found}; give one of {', '.join(AUTOENCODERS)}, or add a row to"
+            " AUTOENCODERS in runtime/autoencoder.py"
+        )
+    return AUTOENCODERS[found], dict(config, _class_name=found)
+
+
+def _load_model(name):
+    """(Architecture, module with its weights) of a VAE."""
+    architecture, config = _read_config(name)
+    with _loading_vae(name):
+        import diffusers
+
+        found = config["_class_name"]
+        if architecture.load is None and not hasattr(diffusers, found):
+            raise ValueError(f"diffusers {diffusers.__version__} has no {found}, a newer one may")
+        load = architecture.load or getattr(diffusers, found).from_pretrained
         with torch_defaults():
-            return AutoencoderKL.from_pretrained(name)
+            return architecture, load(name)

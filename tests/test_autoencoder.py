@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import runtime.autoencoder
-from runtime.autoencoder import SD_SCALE, Pixels, describe_vae, load_autoencoder, resolve_vae
+from runtime.autoencoder import SD_SCALE, VAE, Pixels, describe_vae, load_autoencoder, resolve_vae
 from runtime.cli import UserError
 
 CPU = torch.device("cpu")
@@ -21,6 +21,35 @@ def save_vae(folder, **options):
         up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
     )  # fmt: skip
     AutoencoderKL(**{**defaults, **options}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny(folder, **options):
+    """A deterministic autoencoder of random weights: 4 channels and factor 4, or as the options say."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    defaults = dict(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    AutoencoderTiny(**{**defaults, **options}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_dc(folder, **options):
+    """Another one, of 8 channels and factor 8."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    per_coder = dict(block_types="ResBlock", block_out_channels=(8, 8, 16, 16), layers_per_block=(1, 1, 1, 1))
+    options = {
+        f"{coder}_{name}": value for coder in ("encoder", "decoder") for name, value in per_coder.items()
+    }
+    AutoencoderDC(
+        **options, latent_channels=8, encoder_qkv_multiscales=((),) * 4, decoder_qkv_multiscales=((),) * 4,
+        scaling_factor=0.25,
+    ).save_pretrained(folder)  # fmt: skip
     return str(folder)
 
 
@@ -121,3 +150,53 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="--vae ./nowhere: no such folder; give ema, mse"):
         load_autoencoder("./nowhere", CPU)
+
+
+@pytest.mark.parametrize(
+    "save, channels, factor, scale, attribute",
+    [(save_tiny, 4, 4, 1.0, "latents"), (save_dc, 8, 8, 0.25, "latent")],
+)
+def test_deterministic_encoders(tmp_path, save, channels, factor, scale, attribute):
+    """Their latents are what they are, whatever the noise; and come back by the decoder."""
+    folder = save(tmp_path / "vae")
+    assert describe_vae(folder, 3) == (channels, factor, 3)
+    vae = load_autoencoder(folder, CPU)
+    assert vae.config == dict(
+        vae=folder, channels=channels, factor=factor, scale=scale, shift=0.0, deterministic=True
+    )
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    latents = getattr(vae.model.encode(images), attribute)
+    assert latents.shape == (2, channels, 16 // factor, 24 // factor)
+    torch.testing.assert_close(vae.moments(images), latents)
+    x = vae.encode(images, torch.randn_like(latents))
+    torch.testing.assert_close(x, latents * scale)
+    torch.testing.assert_close(vae.decode(x), vae.model.decode(latents).sample)
+    cached = VAE("not there", vae.config)  # as training on a cache has it, without weights
+    torch.testing.assert_close(cached.sample_posterior(latents, torch.randn_like(latents)), x)
+
+
+@pytest.mark.parametrize("save", [save_vae, save_tiny])
+def test_channels_are_normalised(tmp_path, save):
+    folder = save(tmp_path / "vae", scaling_factor=0.5, shift_factor=0.25)
+    plain, vae = load_autoencoder(folder, CPU), load_autoencoder(folder, CPU)
+    images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 4, 4)
+    x = plain.encode(images, noise)
+    mean, std = [0.5, -1.0, 0.0, 2.0], [0.5, 1.0, 2.0, 4.0]
+    vae.normalize_channels(mean, std)
+    for channel in range(4):
+        expected = (x[:, channel] - mean[channel]) / std[channel]
+        torch.testing.assert_close(vae.encode(images, noise)[:, channel], expected)
+    torch.testing.assert_close(vae.decode(vae.encode(images, noise)), plain.decode(x))
+    # A checkpoint's config is enough, for this autoencoder and for another of the same latents:
+    for rebuilt in (VAE(folder, vae.config), load_autoencoder(folder, CPU, kept=vae.config)):
+        assert rebuilt.config == vae.config
+        torch.testing.assert_close(rebuilt.encode(images, noise), vae.encode(images, noise))
+
+
+def test_other_classes_are_refused_by_name(tmp_path):
+    folder = save_vae(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(dict(config, _class_name="AutoencoderKLWan")))
+    for call in (lambda: load_autoencoder(folder, CPU), lambda: describe_vae(folder, 3)):
+        with pytest.raises(UserError, match="its class is AutoencoderKLWan; give one of AutoencoderKL, "):
+            call()

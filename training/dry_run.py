@@ -61,7 +61,8 @@ def _print_plan(args, plan, world_size, run, initial):
     rows = dict(
         model=f"{checkpoints.describe_model(model.config)}: {parameters:,} parameters,"
         f" {macs / 1e9:.2f} GMACs",
-        input=f"{height}x{width}x{model.in_channels} by {resolve_vae(args.vae)}, of {args.image_size} pixels",
+        input=f"{height}x{width}x{model.in_channels} by {resolve_vae(args.vae)}, of {args.image_size} pixels"
+        + (", normalised by channel" if args.latent_normalization == "channel" else ""),
         data=f"{plan.data['count']:,} images, {args.num_classes} classes ({plan.data['dataset']})",
         training=f"{plan.total_steps:,} steps of {args.global_batch_size} on {world_size} process(es)"
         f" in {args.precision}, "

@@ -15,9 +15,12 @@ MANIFEST = "manifest.json"
 
 
 class LatentCache(Dataset):
-    """Posterior moments that extract_features.py wrote: items (moments (2C, h, w), label), memory-mapped.
+    """Posterior moments that extract_features.py wrote: items (moments (2C, h, w), label), memory-mapped; or
+    latents (C, h, w), of a deterministic encoder.
 
-    The mirrored item is the moments of the mirrored image. `vae` is the config of the VAE they are of.
+    The mirrored item is of the mirrored image. `vae` is the config of the VAE they are of, `statistics` the
+    mean and standard deviation of the latents, of all and of every channel; caches of earlier versions lack
+    the latter.
     """
 
     channels, flips, condition = 3, True, "class"
@@ -32,6 +35,7 @@ class LatentCache(Dataset):
                 f"--feature-path {folder}: unfinished; run the same extract_features.py command again"
             )
         self.folder, self.vae, self.classes = folder, manifest["vae"], manifest["classes"]
+        self.statistics = manifest.get("latents", {})
         self.image_size, self.shard_size, self.count = (
             manifest[name] for name in ("image_size", "shard_size", "count")
         )

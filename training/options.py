@@ -8,7 +8,7 @@ from diffusion.schedules import NOISE_SCHEDULES
 from diffusion.timestep_sampler import SCHEDULE_SAMPLERS
 from evaluation.inception import add_inception_arguments
 from models import BLOCKS, FFNS, POS_EMBEDS, DiT_models
-from runtime.autoencoder import add_vae_argument
+from runtime.autoencoder import LATENT_NORMALIZATIONS, add_vae_argument
 from runtime.cli import Parser, float_above, float_at_least, fraction, int_at_least, seed_number
 from runtime.distributed import add_precision_argument
 from sampling.options import (
@@ -130,6 +130,10 @@ def _add_data_arguments(group):
     group.add_argument("--num-workers", type=int_at_least(0), default=4, metavar="N",
                        help="processes that read images, for each training process (default: 4)")
     add_vae_argument(group, default="ema")
+    group.add_argument("--latent-normalization", choices=LATENT_NORMALIZATIONS, default="scale",
+                       help="scale: latents are scaled by the VAE's own factor, as published; channel: each"
+                       " channel to mean 0 and standard deviation 1 over the data, as the cache of"
+                       " --feature-path says, or measured on 1024 images at the start (default: scale)")
     # fmt: on
 
 

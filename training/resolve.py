@@ -23,6 +23,7 @@ from sampling.options import (
 )
 from training.dataset import ReadableDataset, held_out_count, hold_out, open_dataset, require_same_data
 from training.latent_cache import LatentCache
+from training.latent_statistics import measure, require_channels
 from training.run_dir import resolve_paths
 from training.run_log import import_wandb
 
@@ -72,6 +73,13 @@ class Plan:
             _ = autoencoder.model  # to fail now rather than at the first picture
         return autoencoder
 
+    def latent_statistics(self, autoencoder, args, dist):
+        """Mean and standard deviation of every channel, over the cache or some of the training images."""
+        if self.has_cached_latents:
+            return require_channels(self.dataset.statistics, self.dataset.folder)
+        found = measure(self.training_set, autoencoder, args.num_workers, dist)
+        return require_channels(found, self.data["dataset"])
+
     def encoder(self, autoencoder):
         """The function (a batch of the data set, noise) -> x_start: of images, or of cached posteriors."""
         return autoencoder.sample_posterior if self.has_cached_latents else autoencoder.encode
@@ -109,6 +117,7 @@ def resolve(args, dist):
     keep_absolute(args)
     model_config = configure_model(args, dataset)
     check_aux_loss(args, model_config["depth"])
+    check_latent_normalization(args, dataset)
     training_set, held_out = split(args, dataset, dist)
     steps_per_epoch = len(training_set) // args.global_batch_size
     plan = Plan(
@@ -305,6 +314,15 @@ def check_aux_loss(args, depth):
         args.aux_layer = max(1, depth // 3)
     if args.aux_layer > depth:
         raise UserError(f"--aux-layer {args.aux_layer}: the model has {depth} blocks; give at most that")
+
+
+def check_latent_normalization(args, dataset):
+    """Refuse statistics per channel where there are no latents, or none were kept of them."""
+    if args.latent_normalization == "channel":
+        if args.feature_path:
+            require_channels(dataset.statistics, args.feature_path)
+        elif resolve_vae(args.vae) == "none":
+            raise UserError("--latent-normalization channel: pixels have no latents; leave it out")
 
 
 def given_sampling(args):

@@ -59,7 +59,7 @@ def _check_may_continue(path, contents, args, plan):
                     f" {new.get(name)}; give the run's own, or give the file to --init-from"
                 )
     old, new = reproducible_args(contents["args"]), reproducible_args(vars(args))
-    for name in ("optimizer", "aux_loss", "aux_layer"):
+    for name in ("optimizer", "aux_loss", "aux_layer", "latent_normalization"):
         if old[name] != new[name]:
             raise UserError(
                 f"--{name.replace('_', '-')} {new[name]}: {path} was trained with {old[name]}; give that, or"

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from checkpointing import files as checkpoints
 from checkpointing import sharded
+from runtime.autoencoder import channel_statistics
 from runtime.cli import Tolerance, UserError, create_logger
 from runtime.flops import count_macs, device_name, peak_flops
 from runtime.image_io import save_gif, save_grid
@@ -30,8 +31,9 @@ class Run:
         found = "found" if self.last_checkpoint else "created"
         self.logger.info(f"Experiment directory {found} at {self.folder}")
 
-    def start(self, state, fid=None):
+    def start(self, state, autoencoder, fid=None):
         """Take up the checkpoint that there is, and make the folder ready to be written to."""
+        contents = None
         if self.last_checkpoint:
             contents, changes = open_checkpoint(self.last_checkpoint, self.args, self.plan)
             state.load(self.last_checkpoint, contents)
@@ -41,6 +43,8 @@ class Run:
                 changes += f"; now on {self.device} (was {before}), which gives other bits"
             self.logger.info(f"Continuing after step {state.step:,} from {self.last_checkpoint}{changes}")
         args, device, plan = self.args, self.dist.device, self.plan
+        if args.latent_normalization == "channel":
+            self._normalize_channels(autoencoder, contents)
         self.dist.on_main(self._open, state, fid)
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         self.logger.info(f"DiT Parameters: {parameters:,}")
@@ -53,6 +57,17 @@ class Run:
         if peak := peak_flops(device, args.precision):
             flops = 6 * count_macs(state.model) * args.global_batch_size / self.dist.world_size
             self.share_of_peak = flops / peak
+
+    def _normalize_channels(self, autoencoder, contents):
+        """Normalise latents by channel: by the statistics that a run began with, or of the data."""
+        if contents:
+            statistics = channel_statistics(contents["config"]["autoencoder"])
+        else:
+            statistics = self.plan.latent_statistics(autoencoder, self.args, self.dist)
+        autoencoder.normalize_channels(**statistics)
+        self.config = self.plan.config(autoencoder)
+        low, high = (limit(statistics["channel_std"]) for limit in (min, max))
+        self.logger.info(f"Latents are normalised by channel, of standard deviations {low:.3f} to {high:.3f}")
 
     def _open(self, state, fid):
         self.experiment.prepare_resume(self.args)

@@ -34,7 +34,9 @@ NON_REPRODUCIBLE = {
 # Options that may be paths; or else names of published weights, or hub ids.
 PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_weights")
 # What options mean for runs that were begun before there were such options:
-ADDED_OPTIONS = dict(optimizer="adamw", aux_loss=None, aux_weight=0.5, aux_layer=None)
+ADDED_OPTIONS = dict(
+    optimizer="adamw", aux_loss=None, aux_weight=0.5, aux_layer=None, latent_normalization="scale"
+)  # fmt: skip
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
 OWNER = ".owner"  # which process holds the folder, or held it last
 JOB = ".job"  # which torchrun agents' processes last began or continued the run
