@@ -82,6 +82,23 @@ def test_folder_with_classes(tmp_path):
     assert torch.equal(dataset[(1, True)][0], image.flip(-1))
 
 
+def test_images_kept_in_memory(tmp_path):
+    """The same items, without a second look at the files; and none of an unreadable one."""
+    for i in range(2):
+        write_image(tmp_path / f"{i}.png", seed=i)
+    (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:200])
+    plain, kept = (open_dataset("folder", str(tmp_path), 16) for _ in "ab")
+    kept.keep_in_memory()
+    expected = plain[(0, False)][0]
+    assert torch.equal(kept[(0, True)][0], expected.flip(-1))
+    kept[(0, False)][0].zero_()  # what is done to an item leaves what is kept as it is
+    (tmp_path / "0.png").unlink()
+    assert torch.equal(kept[(0, False)][0], expected)
+    for dataset, index in ((plain, 0), (kept, 2)):
+        with pytest.raises(UserError, match=f"{index}.png"):
+            dataset[(index, False)]
+
+
 def test_pixels_survive(tmp_path):
     pixels = write_image(tmp_path / "a.png", size=(16, 16))
     image, label = open_dataset("folder", str(tmp_path), 16)[(0, False)]

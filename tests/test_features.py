@@ -176,6 +176,7 @@ def test_every_draw_is_fresh(source, cache):
         (["--image-size", 32], "--image-size 32: {cache} was extracted at 16; give --image-size 16"),
         (["--num-classes", 1], "--num-classes 1: the data set has 2; give at least that"),
         (["--vae", "mse"], "--vae mse: {cache} was extracted with {vae}; leave it out"),
+        (["--cache-images"], "--cache-images: --feature-path has latents in place of images; leave it out"),
         (["--data-path", "x"], "--data-path x: --feature-path stands in for it; leave one out"),
     ],
 )

@@ -57,6 +57,9 @@ class ImageDataset(Dataset):
         """Raise UserError for images that cannot be read, before any work; where skip, only for all of them.
         All processes call it."""
 
+    def keep_in_memory(self):
+        """Keep what is read from now on, where reading takes time: --cache-images."""
+
     def missing(self):
         """The names above that this class has not, in order."""
         names = ("__len__", "__getitem__", "channels", "image_size", "classes", "flips", "fingerprint")
@@ -79,7 +82,7 @@ class FolderImages(ImageDataset):
     def __init__(self, root, image_size, dry_run=False):
         if not root:
             raise UserError("--data-path: required; the folder of images, one subfolder a class")
-        self.image_size, self.samples = image_size, list_images(root)
+        self.image_size, self.samples, self.cache = image_size, list_images(root), None
         self.classes = self.samples.classes
 
     def __len__(self):
@@ -88,10 +91,18 @@ class FolderImages(ImageDataset):
     def __getitem__(self, key):
         index, mirrored = key
         path, label = self.samples[index]
-        with open_image(path) as image:
-            image = center_crop_arr(image.convert("RGB"), self.image_size)
-        image = to_tensor(image)
+        pixels = None if self.cache is None else self.cache.get(index)
+        if pixels is None:
+            with open_image(path) as image:
+                pixels = np.asarray(center_crop_arr(image.convert("RGB"), self.image_size))
+            if self.cache is not None:
+                self.cache[index] = pixels
+        image = to_tensor(pixels)
         return image.flip(-1) if mirrored else image, label
+
+    def keep_in_memory(self):
+        """Keep the crops, uint8, each from when it is first read on; in every process those that it reads."""
+        self.cache = {}
 
     @cached_property
     def fingerprint(self):

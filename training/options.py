@@ -122,6 +122,9 @@ def _add_data_arguments(group):
     group.add_argument("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
                        help="train on the next image in place of an unreadable one, and count them, rather"
                        " than save and stop (default: off)")
+    group.add_argument("--cache-images", action=argparse.BooleanOptionalAction, default=False,
+                       help="keep images of a folder in memory once they are read and cropped, 12 KB each at"
+                       " 64 pixels, in every process that reads them (default: off)")
     group.add_argument("--image-size", type=int_at_least(1), default=256, metavar="PIXELS",
                        help="side of the square that images are cropped to (default: 256)")
     group.add_argument("--num-classes", type=int_at_least(0), default=None, metavar="N",

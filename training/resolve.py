@@ -214,9 +214,13 @@ def open_training_data(args, dist):
     """The data set of these options, of images or of cached latents; UserError where they do not go
     together."""
     if not args.feature_path:
-        return open_dataset(
+        dataset = open_dataset(
             args.dataset, args.data_path, args.image_size, args.dry_run, args.skip_bad_images, dist
         )
+        if args.cache_images:
+            dataset.keep_in_memory()
+        return dataset
+    refuse_by_hand(args, ("cache_images",), "--feature-path has latents in place of images; leave it out")
     cache = LatentCache(args.feature_path)
     if args.data_path:
         raise UserError(f"--data-path {args.data_path}: --feature-path stands in for it; leave one out")

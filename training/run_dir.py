@@ -27,8 +27,8 @@ from training.run_log import WANDB_ID
 # Options that say how a run is executed or reported, not what it computes; two runs that differ in nothing
 # else are the same run.
 NON_REPRODUCIBLE = {
-    "allow_changed_data", "by_hand", "dry_run", "resume", "results_dir", "num_workers", "log_every",
-    "ckpt_every", "sample_every", "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
+    "allow_changed_data", "by_hand", "cache_images", "dry_run", "resume", "results_dir", "num_workers",
+    "log_every", "ckpt_every", "sample_every", "sample_cfg_scales", "sample_gif", "keep_checkpoints", "wandb",
     "world_size", "device_memory",
 }  # fmt: skip
 # Options that may be paths; or else names of published weights, or hub ids.
