@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from conftest import build_tiny, load_rule_weights
+from test_data import write_image
 from test_train import SMALL, run
 
-from experiments import digits, samplers, variants
+from experiments import digits, neighbours, samplers, variants
 from runtime.cli import launch
 from sampler import Sampler
 
@@ -89,3 +90,44 @@ def test_the_judge(judge):
     model = load_rule_weights(build_tiny(in_channels=1, num_classes=10), 0.1)
     found = judge.measure(Sampler(model, device="cpu"), 3, steps=2)
     assert found["read"] < 0.5 and found["distance"] > 5 and found["seconds"] > 0
+
+
+def test_neighbours():
+    """The nearest of some images, mirrored or not, by hand; and an image does not count as its own."""
+    real = torch.zeros(3, 1, 2, 2)
+    real[1, 0, 0, 0] = real[2, 0, 1] = 1.0
+    images = torch.zeros(1, 1, 2, 2)
+    images[0, 0, 0, 1] = 0.6  # the mirror image of real[1], but for 0.4 in one of four pixels
+    distances, indices = neighbours.nearest(images, real, flips=True)
+    assert indices.tolist() == [[1, 0]]
+    assert distances[0].tolist() == pytest.approx([255 * 0.4 / 2, 255 * 0.6 / 2])
+    distances, indices = neighbours.nearest(images, real, flips=False)
+    assert indices.tolist() == [[0, 1]] and distances[0, 1] == pytest.approx(255 * (1 + 0.36) ** 0.5 / 2)
+    distances, indices = neighbours.nearest(real, real, flips=True, itself=torch.arange(3))
+    assert indices[:, 0].tolist() == [1, 0, 0]
+    assert distances[:, 0].tolist() == pytest.approx([255 / 2, 255 / 2, 255 * 2**0.5 / 2])
+
+
+def test_neighbours_of_a_run(tmp_path, monkeypatch):
+    """A model that was hardly trained is far from its photographs, and what is found is drawn and told."""
+    for i in range(6):
+        write_image(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png", seed=i)
+    options = [*SMALL, "--dataset", "folder", "--data-path", tmp_path / "photos", "--global-batch-size", 2]
+    run(*options, "--max-steps", 2, "--sample-every", 0, "--results-dir", tmp_path)
+    (path,) = tmp_path.glob("000-*/checkpoints/*.pt")
+    argv = [
+        "--ckpt",
+        path,
+        "--data-path",
+        tmp_path / "photos",
+        "--num-samples",
+        12,
+        "--out",
+        tmp_path / "found",
+    ]
+    monkeypatch.setattr("sys.argv", ["neighbours.py", *map(str, argv)])
+    launch(neighbours.main, neighbours.build_parser())
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["samples"]["count"] == 12 and found["real"]["count"] == 6 and len(found["shown"]) == 10
+    assert found["real"]["median"] > 20 and min(map(min, found["shown"])) > 20
+    assert (tmp_path / "found.png").exists()
