@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from runtime.autoencoder import add_vae_argument, describe_vae, load_autoencoder, resolve_vae
+from runtime.autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
 from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch, user_errors
 from runtime.distributed import add_precision_argument, init_distributed, set_precision
 from runtime.image_io import check_folder
@@ -141,13 +141,26 @@ def begin(folder, manifest):
         os.makedirs(folder, exist_ok=True)
         found = read_cache(folder, manifest)
         if found is None:
-            with atomic_write(os.path.join(folder, MANIFEST)) as file:
-                json.dump(manifest, file, indent=1)
+            write_manifest(folder, manifest)
         elif found["complete"]:  # what a kill between the last manifest and its notes left
             for name in os.listdir(folder):
                 if name.startswith("shard-") or name.endswith(".tmp"):
                     os.remove(os.path.join(folder, name))
+            if "channel_std" not in found.get("latents", {}):  # of an earlier version
+                autoencoder = VAE(found["vae"]["vae"], found["vae"])
+                paths = [os.path.join(folder, shard["moments"]) for shard in found["shards"]]
+                bar = tqdm(paths, "Measuring", unit="shard")
+                found["latents"] = summarize(
+                    [channel_sums(np.load(p, mmap_mode="r"), autoencoder) for p in bar]
+                )
+                write_manifest(folder, found)
         return found is not None and found["complete"]
+
+
+def write_manifest(folder, manifest):
+    """Write manifest.json."""
+    with atomic_write(os.path.join(folder, MANIFEST)) as file:
+        json.dump(manifest, file, indent=1)
 
 
 def read_cache(folder, manifest):
@@ -253,8 +266,7 @@ def complete(folder, manifest, shards):
         )
     manifest["latents"] = summarize([{key: note.pop(key) for key in SUMS} for note in notes])
     with user_errors(f"--features-path {folder}", UNWRITTEN, OSError):
-        with atomic_write(os.path.join(folder, MANIFEST)) as file:
-            json.dump(dict(manifest, complete=True, shards=notes), file, indent=1)
+        write_manifest(folder, dict(manifest, complete=True, shards=notes))
         for shard in shards:
             os.remove(note_path(folder, shard))
 

@@ -7,7 +7,7 @@ by more than 8 in one of twenty, by 33 at most.
 
 Its pipeline guides all channels of the latents, where the published code, and sample.py, guide the first
 three of four. Its null label is 1000, whatever the model: one of other than 1000 classes cannot be guided
-there. And it knows the scale of a VAE's latents, but no shift.
+there. And it knows the scale of a VAE's latents, but no shift, nor statistics of the channels.
 """
 
 import json
@@ -16,7 +16,7 @@ import os
 import torch
 
 from models import DiT
-from runtime.autoencoder import load_autoencoder
+from runtime.autoencoder import channel_statistics, load_autoencoder
 from runtime.class_names import class_names
 from runtime.cli import UserError, user_errors
 
@@ -155,17 +155,24 @@ def _read_json(path):
         return json.load(file)
 
 
-def save_diffusers(folder, state, model_config, process_config, vae, classes=None, any_classes=False):
+def save_diffusers(folder, state, model_config, process_config, kept, classes=None, any_classes=False):
     """Write a DiTPipeline folder: transformer, VAE, a DDIM scheduler and the names of the classes.
 
-    vae           what load_autoencoder takes; diffusers' pipeline has no pixels
+    kept          a checkpoint's config of its autoencoder; diffusers' pipeline has no pixels
     any_classes   also of a model of other than 1000 classes, which cannot be guided there
     Raises UserError for a model that the pipeline cannot hold.
     """
+    import diffusers
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    check_exportable(model_config, process_config, vae, any_classes)
+    check_exportable(model_config, process_config, kept, any_classes)
+    vae = kept["vae"]
     autoencoder = load_autoencoder(vae, torch.device("cpu"))
+    if not hasattr(diffusers, type(autoencoder.model).__name__):
+        raise UserError(
+            f"--out: diffusers has no {type(autoencoder.model).__name__}, the class of {vae}; give --out"
+            " FILE.safetensors"
+        )
     if autoencoder.shift:
         raise UserError(
             f"--out: diffusers' DiTPipeline ignores the shift of a VAE's latents, {autoencoder.shift:g} for"
@@ -209,11 +216,12 @@ def pipeline_differences(model_config):
     return lines
 
 
-def check_exportable(model_config, process_config, vae, any_classes=False):
+def check_exportable(model_config, process_config, kept, any_classes=False):
     """Raise UserError for a model that diffusers' pipeline cannot hold."""
     height, width = model_config["input_size"]
     reasons = {
-        "pixel models": vae == "none",
+        "pixel models": kept["vae"] == "none",
+        "latents normalised by channel": bool(channel_statistics(kept)),
         "rectangular models": height != width,
         "unconditional models": not model_config["num_classes"],
         "conditions other than classes": model_config.get("condition", "class") != "class",

@@ -367,7 +367,7 @@ def export(found, out, weights="ema", any_classes=False):
     config = {**found.config, "model": found.model_config()}
     process = config.setdefault("process", dict(learn_sigma=config["model"]["learn_sigma"]))
     # Of weights that name none each command has a default of its own, which a pipeline cannot leave open:
-    vae = config.get("autoencoder", {}).get("vae", "mse")
+    kept = {"vae": "mse", **config.get("autoencoder", {})}
     classes = config.get("data", {}).get("classes")
     if out.endswith(".pt"):
         if weights == "raw":
@@ -378,7 +378,7 @@ def export(found, out, weights="ema", any_classes=False):
         if out.endswith(".safetensors"):
             _save_safetensors(out, state, config)
             return []
-        save_diffusers(out, state, config["model"], process, vae, classes, any_classes)
+        save_diffusers(out, state, config["model"], process, kept, classes, any_classes)
         return pipeline_differences(config["model"])
 
 

@@ -203,6 +203,23 @@ def describe_vae(name, image_channels):
         return described["channels"], described["factor"], config["in_channels"]
 
 
+def is_deterministic(name):
+    """Whether a VAE's encoder gives latents, no posterior; from its config alone, as describe_vae."""
+    name = resolve_vae(name)
+    if name in PUBLISHED_VAES.values():
+        return name == PUBLISHED_VAES["taesd"]
+    return _read_config(name)[0].is_deterministic
+
+
+def is_copy(name, config):
+    """Whether a folder holds an autoencoder such as this `config` is of, whose own folder is gone."""
+    is_gone = os.path.isabs(config["vae"]) and not os.path.exists(config["vae"])
+    if not is_gone or not os.path.isdir(name):
+        return False
+    architecture, found = _read_config(name)
+    return dict(architecture.describe(found), vae=config["vae"]) == config
+
+
 def load_autoencoder(name, device, image_channels=3, kept=None):
     """The VAE (on the device) of a name of PUBLISHED_VAES, a hub id or a folder; Pixels for "none".
 

@@ -175,6 +175,33 @@ def test_deterministic_encoders(tmp_path, save, channels, factor, scale, attribu
     torch.testing.assert_close(cached.sample_posterior(latents, torch.randn_like(latents)), x)
 
 
+@pytest.mark.parametrize("name", ["AsymmetricAutoencoderKL", "AutoencoderKLFlux2"])
+def test_others_with_a_posterior(tmp_path, name):
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    options = dict(
+        AutoencoderKLFlux2=dict(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=6, norm_num_groups=4,
+        ),
+        AsymmetricAutoencoderKL=dict(
+            down_block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_out_channels=(8, 8, 16), up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=6,
+            norm_num_groups=4, scaling_factor=0.5,
+        ),
+    )  # fmt: skip
+    getattr(diffusers, name)(**options[name]).save_pretrained(tmp_path / "vae")
+    vae = load_autoencoder(str(tmp_path / "vae"), CPU)
+    assert describe_vae(vae.name, 3) == (vae.channels, vae.factor, vae.image_channels) == (6, 4, 3)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    x = vae.encode(images, torch.zeros(2, 6, 4, 6))
+    mean = vae.model.encode(images).latent_dist.mean
+    torch.testing.assert_close(x, mean * vae.scale)
+    torch.testing.assert_close(vae.decode(x), vae.model.decode(mean).sample)
+
+
 @pytest.mark.parametrize("save", [save_vae, save_tiny])
 def test_channels_are_normalised(tmp_path, save):
     folder = save(tmp_path / "vae", scaling_factor=0.5, shift_factor=0.25)

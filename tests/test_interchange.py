@@ -3,11 +3,12 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults
-from test_autoencoder import save_vae
+from test_autoencoder import save_tiny, save_vae
 
 import checkpoint
 from checkpointing import files as checkpoints
@@ -15,6 +16,7 @@ from checkpointing import published
 from checkpointing.diffusers_format import from_diffusers, to_diffusers
 from checkpointing.files import build_model
 from diffusion import create_diffusion
+from runtime.autoencoder import AUTOENCODERS
 from runtime.class_names import class_names, resolve_labels
 from runtime.cli import UserError, launch
 from sampler import Sampler
@@ -114,6 +116,47 @@ def test_a_vae_with_a_shift_is_refused(ckpt, tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert re.search(r"--out: .*ignores the shift .*0.25.*give --out FILE.safetensors", message)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_deterministic_autoencoder_in_a_pipeline(ckpt, tmp_path, monkeypatch):
+    """diffusers decodes the same latents to the same images, and the folder comes back with it."""
+    from diffusers import DiTPipeline
+
+    tiny = save_tiny(tmp_path / "tiny", scaling_factor=0.5)
+    export(monkeypatch, "--ckpt", ckpt, "--out", tmp_path / "pipeline", "--any-classes", "--vae", tiny)
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    x = torch.randn(2, 4, 8, 8)
+    theirs = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
+    sampler = Sampler.from_checkpoint(str(tmp_path / "pipeline"), device="cpu")
+    assert torch.equal(sampler.autoencoder.decode(x), theirs)
+    expected = Sampler.from_checkpoint(ckpt, vae=tiny, device="cpu").sample([3, 4], steps=3)
+    assert torch.equal(sampler.sample([3, 4], steps=3, cfg_scale=3.0), expected)
+
+
+def test_an_autoencoder_that_diffusers_has_not(ckpt, tmp_path, monkeypatch, capsys):
+    from diffusers import AutoencoderTiny
+
+    class Mine(AutoencoderTiny):
+        pass
+
+    folder = tmp_path / "mine"
+    save_tiny(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(config, _class_name="Mine")))
+    tiny = AUTOENCODERS["AutoencoderTiny"]
+    monkeypatch.setitem(AUTOENCODERS, "Mine", replace(tiny, load=Mine.from_pretrained))
+    argv = ["--ckpt", ckpt, "--vae", folder, "--any-classes", "--out"]
+    with pytest.raises(SystemExit):
+        export(monkeypatch, *argv, tmp_path / "out")
+    assert f"diffusers has no Mine, the class of {folder}; give --out FILE" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    export(monkeypatch, *argv, tmp_path / "out.safetensors")
+    assert Sampler.from_checkpoint(tmp_path / "out.safetensors", device="cpu").sample(2).shape == (
+        2,
+        3,
+        32,
+        32,
+    )
 
 
 def test_pipeline_loads_offline_and_makes_an_image(ckpt, tmp_path, monkeypatch, capsys):

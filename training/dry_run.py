@@ -9,7 +9,7 @@ import torch
 from checkpointing import files as checkpoints
 from checkpointing.published import find_local, local_inception
 from models import DiT
-from runtime.autoencoder import resolve_vae
+from runtime.autoencoder import is_deterministic, resolve_vae
 from runtime.distributed import ALONE
 from runtime.flops import count_macs, datasheet_flops
 from training.memory import training_memory
@@ -108,7 +108,8 @@ def _costs(args, plan, world_size, macs):
     )
     latents = math.prod(plan.model_config["input_size"]) * plan.model_config["in_channels"]
     if not plan.has_cached_latents and resolve_vae(args.vae) != "none":
-        cache = plan.data["count"] * 2 * 2 * latents * 2  # moments of an image and its mirror, float16
+        moments = 1 if is_deterministic(args.vae) else 2
+        cache = plan.data["count"] * 2 * moments * latents * 2  # of an image and its mirror, float16
         rows["disk"] += f"; a cache of its latents would take {cache / 2**30:.2f} GiB"
     return rows
 

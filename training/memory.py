@@ -103,7 +103,10 @@ def training_memory(args, plan, world_size):
         found["gathered blocks"] = int(gathered + rest)
     elif world_size > 1:
         found["exchange of gradients"] = found["gradients"]
-    if not plan.has_cached_latents and resolve_vae(args.vae) in PUBLISHED_VAES.values():
+    if not plan.has_cached_latents and resolve_vae(args.vae) in (
+        PUBLISHED_VAES["ema"],
+        PUBLISHED_VAES["mse"],
+    ):
         pixels = min(images // args.grad_accum_steps * args.image_size**2, PIXELS_AT_ONCE)
         found["autoencoder"] = VAE_WEIGHTS + VAE_PIXEL * pixels
     return dict(found, **{"CUDA": CONTEXT})

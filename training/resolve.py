@@ -12,7 +12,7 @@ from diffusion.solvers import default_steps
 from diffusion.timestep_sampler import timestep_samplers_of
 from evaluation.inception import read_fid_reference, read_weights
 from models import DiT_models
-from runtime.autoencoder import VAE, describe_vae, load_autoencoder, resolve_vae
+from runtime.autoencoder import VAE, describe_vae, is_copy, load_autoencoder, resolve_vae
 from runtime.cli import UserError, is_utf8, user_errors
 from runtime.distributed import set_precision
 from sampling.options import (
@@ -229,10 +229,12 @@ def open_training_data(args, dist):
             f"--image-size {args.image_size}: {args.feature_path} was extracted at {cache.image_size};"
             f" give --image-size {cache.image_size}"
         )
-    if "vae" in args.by_hand and resolve_vae(args.vae) != cache.vae["vae"]:
-        raise UserError(
-            f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
-        )
+    if "vae" in args.by_hand and (vae := resolve_vae(args.vae)) != cache.vae["vae"]:
+        if not is_copy(vae, cache.vae):
+            raise UserError(
+                f"--vae {args.vae}: {args.feature_path} was extracted with {cache.vae['vae']}; leave it out"
+            )
+        cache.vae["vae"] = vae
     args.vae = cache.vae["vae"]
     require_same_data(cache, dist, f"--feature-path {args.feature_path}")
     return cache
