@@ -166,6 +166,7 @@ def write_cache(folder):
         count=256,
         shard_size=256,
         shards=shards,
+        latents=dict(mean=0.0, std=1.0, channel_mean=[0.0] * 4, channel_std=[1.0] * 4),
     )
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

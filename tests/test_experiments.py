@@ -5,12 +5,17 @@ import json
 import pytest
 import torch
 from conftest import build_tiny, load_rule_weights
+from test_autoencoder import save_tiny
 from test_data import write_image
+from test_latent_statistics import command
 from test_train import SMALL, run
 
-from experiments import digits, neighbours, samplers, variants
+import extract_features
+from experiments import digits, latents, neighbours, samplers, variants
+from runtime.autoencoder import load_autoencoder
 from runtime.cli import launch
 from sampler import Sampler
+from training.dataset import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +136,29 @@ def test_neighbours_of_a_run(tmp_path, monkeypatch):
     assert found["samples"]["count"] == 12 and found["real"]["count"] == 6 and len(found["shown"]) == 10
     assert found["real"]["median"] > 20 and min(map(min, found["shown"])) > 20
     assert (tmp_path / "found.png").exists()
+
+
+def test_latents(tmp_path, monkeypatch):
+    """Statistics and distances of an autoencoder that is nearly nothing."""
+    for i in range(80):
+        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i:03d}.png", size=(16, 16), seed=i)
+    vae = save_tiny(tmp_path / "vae")
+    command(extract_features, "--data-path", tmp_path / "images", "--vae", vae, "--image-size", 16,
+            "--features-path", tmp_path / "features", "--num-workers", 0)  # fmt: skip
+    command(latents, "--data-path", tmp_path / "images", "--feature-path", tmp_path / "features",
+            "--seeds", 1, "--max-steps", 2, "--num-samples", 40, "--num-images", 80,
+            "--out", tmp_path)  # fmt: skip
+    found = json.loads((tmp_path / "latents.json").read_text())
+    dataset, vae = open_dataset("folder", str(tmp_path / "images"), 16), load_autoencoder(vae, "cpu")
+    images = torch.stack([dataset[i, False][0] for i in range(80)])
+    again = vae.decode(vae.encode(images, None)).clamp(-1, 1)
+    errors = ((images - again) * 127.5).square().mean((1, 2, 3))  # of levels of 255
+    assert found["psnr"]["mean"] == pytest.approx(
+        (20 * torch.log10(255 / errors.sqrt())).mean().item(), rel=1e-4
+    )
+    assert found["latents"]["channel"]["std"] == pytest.approx([1] * 4, abs=0.05)  # of the mirror images too
+    assert max(found["latents"]["scale"]["std"]) < 0.9
+    assert len(found["distances"]["scale"]) == len(found["distances"]["channel"]) == 1
+    assert "| `channel` |" in (tmp_path / "latents.md").read_text()
+    for name in ("again.png", "channel-0.png"):
+        assert (tmp_path / name).stat().st_size

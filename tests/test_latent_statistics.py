@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import extract_features
 import sample
 import sample_ddp
 from checkpointing import files as checkpoints
-from runtime.autoencoder import load_autoencoder
+from runtime.autoencoder import AUTOENCODERS, Architecture, load_autoencoder
 from runtime.cli import UserError, launch
 from runtime.distributed import ALONE
 from sampler import Sampler
@@ -282,3 +283,37 @@ def test_dry_run_tells(source, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"4x4x4 by {source / 'tiny'}, of 16 pixels, normalised by channel" in said
     assert not (tmp_path / "results").exists()
+
+
+class Shuffle(torch.nn.Module):
+    """An autoencoder from outside, which loses nothing: 2x2 pixels become the channels of one."""
+
+    config = dict(in_channels=3, latent_channels=12)
+
+    def encode(self, images):
+        return SimpleNamespace(shuffled=torch.nn.functional.pixel_unshuffle(images, 2))
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=torch.nn.functional.pixel_shuffle(latents, 2))
+
+
+def test_seams_autoencoder(source, tmp_path, monkeypatch):
+    """A row of AUTOENCODERS is trained on, online and cached, continued and sampled."""
+    row = Architecture("shuffled", factor=lambda config: 2, load=lambda name: Shuffle())
+    monkeypatch.setitem(AUTOENCODERS, "Shuffle", row)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(dict(Shuffle.config, _class_name="Shuffle")))
+    images = ["--data-path", source / "images", "--vae", tmp_path / "vae"]
+    command(extract_features, *extraction(source, "kl", tmp_path / "cache"), "--vae", tmp_path / "vae")
+    for number, data in enumerate((images, ["--feature-path", tmp_path / "cache"])):
+        argv = training(tmp_path, *data, "--latent-normalization", "channel", "--sample-every", 3)
+        run(*argv)
+        run(*argv, "--max-steps", 4, "--resume", tmp_path / "results" / f"{number:03d}-DiT-S-2")
+        kept, path = config_of(tmp_path, 4, number)
+        assert len(kept["channel_std"]) == 12 and kept["factor"] == 2
+        sampler = Sampler.from_checkpoint(path, device="cpu")
+        assert sampler.sample([0, 1]).shape == (2, 3, 16, 16)
+        pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+        again = sampler.autoencoder.decode(sampler.autoencoder.encode(pixels, None))
+        torch.testing.assert_close(again, pixels)
+        assert sampler.settle()["cfg_channels"] == "all"
