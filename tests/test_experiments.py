@@ -7,7 +7,7 @@ import torch
 from conftest import build_tiny, load_rule_weights
 from test_autoencoder import save_tiny
 from test_data import write_image
-from test_latent_statistics import command
+from test_latent_statistics import command, stack
 from test_train import SMALL, run
 
 import extract_features
@@ -150,7 +150,7 @@ def test_latents(tmp_path, monkeypatch):
             "--out", tmp_path)  # fmt: skip
     found = json.loads((tmp_path / "latents.json").read_text())
     dataset, vae = open_dataset("folder", str(tmp_path / "images"), 16), load_autoencoder(vae, "cpu")
-    images = torch.stack([dataset[i, False][0] for i in range(80)])
+    images = stack(dataset, range(80))
     again = vae.decode(vae.encode(images, None)).clamp(-1, 1)
     errors = ((images - again) * 127.5).square().mean((1, 2, 3))  # of levels of 255
     assert found["psnr"]["mean"] == pytest.approx(

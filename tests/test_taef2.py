@@ -11,7 +11,7 @@ import pytest
 import taef2
 import torch
 from conftest import ROOT
-from test_latent_statistics import command
+from test_latent_statistics import command, stack
 from test_train import metrics, run
 
 import extract_features
@@ -70,7 +70,7 @@ def test_reconstruction(folder, size, expected):
         load_autoencoder(str(folder / "vae"), "cpu"),
         open_dataset("folder", str(folder / "images"), size),
     )
-    x = torch.stack([images[(i, False)][0] for i in range(0, COUNT, 8)])
+    x = stack(images, range(0, COUNT, 8))
     found = psnr(x, vae.decode(vae.encode(x, None)))
     # The photographs are others, and differ from one another by 4 dB: their mean by 4 / sqrt(20), or sqrt(25)
     assert found.mean() == pytest.approx(expected, abs=2.5) and found.min() > 17
@@ -88,7 +88,7 @@ def test_statistics_of_its_channels(folder, cache):
         load_autoencoder(str(folder / "vae"), "cpu"),
         open_dataset("folder", str(folder / "images"), 256),
     )
-    x = torch.stack([images[(i, False)][0] for i in range(0, COUNT, 5)])
+    x = stack(images, range(0, COUNT, 5))
     latents = vae.encode(x, None).double().transpose(0, 1).flatten(1)
     # Means of 40 images, where the images' own means differ by a third of the standard deviation:
     mean, std = (np.array(values.split(), float) for values in (MEAN, STD))
@@ -120,7 +120,7 @@ def test_training_and_sampling(folder, cache, tmp_path, monkeypatch):
     sampler = Sampler.from_checkpoint(ckpt, device="cpu")
     pictures, images = sampler.sample(100), open_dataset("folder", str(folder / "images"), SIZE)
     assert pictures.shape == (100, 3, SIZE, SIZE)
-    real = torch.stack([images[(i, False)][0] for i in range(COUNT)]) / 2 + 0.5
+    real = stack(images, range(COUNT)) / 2 + 0.5
     noise = sampler.autoencoder.decode(torch.randn(100, 32, SIZE // 8, SIZE // 8)) / 2 + 0.5
 
     def statistics(some):
