@@ -50,13 +50,15 @@ class Architecture:
               name of the latents of a deterministic encoder
     factor    a function config -> how many times smaller the latents are, height and width
     load      a function name -> module, of a folder or hub id; None for the class of diffusers
+    scale     that of configs which hold none
 
-    config.json has the class (`_class_name`), latent_channels, in_channels and, where they are not 1 and 0,
-    scaling_factor and shift_factor."""
+    config.json has the class (`_class_name`), latent_channels, in_channels and, unless they are `scale` and
+    0, scaling_factor and shift_factor."""
 
     latents: str
     factor: Callable[[dict], int]
     load: Callable | None = None
+    scale: float = 1.0
 
     @property
     def is_deterministic(self):
@@ -64,10 +66,9 @@ class Architecture:
 
     def describe(self, config):
         """The `config` of a VAE, but its name, of what config.json holds."""
-        default_scale = 1.0 if self.is_deterministic else SD_SCALE
         described = dict(
             channels=config["latent_channels"], factor=self.factor(config),
-            scale=float(config.get("scaling_factor") or default_scale),
+            scale=float(config.get("scaling_factor") or self.scale),
             shift=float(config.get("shift_factor") or 0.0),
         )  # fmt: skip
         return dict(described, deterministic=True) if self.is_deterministic else described
@@ -81,8 +82,10 @@ def halved_between(widths):
 
 # By the class that config.json names. A row added from outside serves every command.
 AUTOENCODERS = {
-    "AutoencoderKL": Architecture("latent_dist", halved_between("block_out_channels")),
-    "AsymmetricAutoencoderKL": Architecture("latent_dist", halved_between("down_block_out_channels")),
+    "AutoencoderKL": Architecture("latent_dist", halved_between("block_out_channels"), scale=SD_SCALE),
+    "AsymmetricAutoencoderKL": Architecture(
+        "latent_dist", halved_between("down_block_out_channels"), scale=SD_SCALE
+    ),
     "AutoencoderKLFlux2": Architecture("latent_dist", halved_between("block_out_channels")),
     "AutoencoderTiny": Architecture("latents", halved_between("encoder_block_out_channels")),
     "AutoencoderDC": Architecture("latent", halved_between("encoder_block_out_channels")),

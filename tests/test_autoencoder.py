@@ -195,6 +195,7 @@ def test_others_with_a_posterior(tmp_path, name):
     getattr(diffusers, name)(**options[name]).save_pretrained(tmp_path / "vae")
     vae = load_autoencoder(str(tmp_path / "vae"), CPU)
     assert describe_vae(vae.name, 3) == (vae.channels, vae.factor, vae.image_channels) == (6, 4, 3)
+    assert (vae.scale, vae.shift) == (options[name].get("scaling_factor", 1.0), 0.0)
     images = torch.rand(2, 3, 16, 24) * 2 - 1
     x = vae.encode(images, torch.zeros(2, 6, 4, 6))
     mean = vae.model.encode(images).latent_dist.mean
