@@ -22,10 +22,13 @@ import train
 from checkpointing import files as checkpoints
 from models import DiT
 from runtime.cli import launch
+from runtime.distributed import ALONE
 from runtime.image_io import save_grid
 from sampler import Sampler
 from sampling.options import DEFAULTS
 from training import options as options_module
+from training.dataset import DistributedBatchSampler
+from training.resolve import resolve
 from training.run_dir import Experiment
 
 # A model and sampler small enough to test with:
@@ -312,6 +315,22 @@ def test_refused_before_any_work(images, capsys, argv, message):
     assert stopped.value.code == 2
     assert error.startswith("train.py: error: ") and message in error and error.count("\n") == 1
     assert not os.path.exists("results")
+
+
+@pytest.mark.parametrize("more", [[], ["--eval-every", "1"]])
+def test_images_that_must_not_be_mirrored(images, more):
+    """--no-random-flip: none is, in the same order; by default half of a folder's are, of digits none."""
+
+    def keys(*argv):
+        args = train.build_parser().parse_args([*argv, *more])
+        plan = resolve(args, ALONE)
+        batches = DistributedBatchSampler(plan.training_set, args.global_batch_size, stop_step=40)
+        return zip(*(key for batch in batches for key in batch))
+
+    order, mirrored = keys(*PIXELS.split())
+    assert 20 < sum(mirrored) < 60
+    assert list(keys(*PIXELS.split(), "--no-random-flip")) == [order, (False,) * 80]
+    assert not any(list(keys("--preset", "digits", "--global-batch-size", "2"))[1])
 
 
 def test_results_that_cannot_be_written(images, capsys):

@@ -122,6 +122,9 @@ def _add_data_arguments(group):
     group.add_argument("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
                        help="train on the next image in place of an unreadable one, and count them, rather"
                        " than save and stop (default: off)")
+    group.add_argument("--random-flip", action=argparse.BooleanOptionalAction, default=True,
+                       help="mirror half of the images, chosen anew in every epoch, except of data sets that"
+                       " are never mirrored (default: on)")
     group.add_argument("--cache-images", action=argparse.BooleanOptionalAction, default=False,
                        help="keep images of a folder in memory once they are read and cropped, 12 KB each at"
                        " 64 pixels, in every process that reads them (default: off)")

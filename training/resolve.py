@@ -119,6 +119,7 @@ def resolve(args, dist):
     check_aux_loss(args, model_config["depth"])
     check_latent_normalization(args, dataset)
     training_set, held_out = split(args, dataset, dist)
+    training_set.flips = training_set.flips and args.random_flip
     steps_per_epoch = len(training_set) // args.global_batch_size
     plan = Plan(
         model_config=model_config, process=process, dataset=dataset,

@@ -35,7 +35,8 @@ NON_REPRODUCIBLE = {
 PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_weights")
 # What options mean for runs that were begun before there were such options:
 ADDED_OPTIONS = dict(
-    optimizer="adamw", aux_loss=None, aux_weight=0.5, aux_layer=None, latent_normalization="scale"
+    optimizer="adamw", aux_loss=None, aux_weight=0.5, aux_layer=None, latent_normalization="scale",
+    random_flip=True,
 )  # fmt: skip
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
 OWNER = ".owner"  # which process holds the folder, or held it last
