@@ -128,8 +128,9 @@ def table(numbers):
     for name, found in numbers["latents"].items():
         mean, std = (f"{min(found[key]):.2f} to {max(found[key]):.2f}" for key in ("mean", "std"))
         beyond = sum(found["beyond_3"]) / len(found["beyond_3"])
-        samples = distances.get(name) or [float("nan")]
-        spread = f"{sum(samples) / len(samples):.3f} ({min(samples):.3f} to {max(samples):.3f})"
+        spread, samples = "not measured", distances.get(name)
+        if samples:
+            spread = f"{sum(samples) / len(samples):.3f} ({min(samples):.3f} to {max(samples):.3f})"
         lines.append(f"| `{name}` | {mean} | {std} | {beyond:.2%} | {spread} |")
     return "\n".join(lines)
 

@@ -143,6 +143,9 @@ def test_channels_are_normalised_in_training_and_back_in_sampling(source, tmp_pa
     mean, std = (torch.tensor(statistics[f"channel_{name}"])[:, None, None] for name in ("mean", "std"))
     x = torch.randn(2, 4, 4, 4)
     torch.testing.assert_close(sampler.autoencoder.decode(x), tiny.decode(x * std + mean))
+    shutil.copytree(source / "tiny", tmp_path / "another")
+    other = Sampler.from_checkpoint(path, vae=str(tmp_path / "another"), device="cpu").autoencoder
+    torch.testing.assert_close(other.decode(x), sampler.autoencoder.decode(x))
     latents = (all_latents(source, "tiny") - mean) / std
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
