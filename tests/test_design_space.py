@@ -88,6 +88,32 @@ def test_unconditional_conv_from_a_flat_folder(tmp_path, monkeypatch):
         assert picture.size == (3 * 66 + 2, 68)
 
 
+@pytest.mark.parametrize("classes", [["cat", "dog", "hen"], [""]])
+def test_photos_from_a_folder(tmp_path, monkeypatch, classes):
+    """The preset, made small, from photographs with and without classes to pictures of samples."""
+    for i, name in enumerate(classes * 4):
+        write_image(tmp_path / "photos" / name / f"{i}.jpg", size=(90, 70), seed=i)
+    run(
+        "--preset", "photos", "--data-path", tmp_path / "photos", "--depth", 1, "--hidden-size", 32,
+        "--num-heads", 2, "--global-batch-size", 4, "--max-steps", 4, "--sample-every", 2,
+        "--num-sampling-steps", 2, "--results-dir", tmp_path / "results",
+    )  # fmt: skip
+    folder = tmp_path / "results" / "000-DiT-S-8-photos"
+    (path,) = (folder / "checkpoints").glob("*.pt")
+    config = checkpoints.load(str(path)).config
+    assert config["model"]["input_size"] == [64, 64] and config["model"]["in_channels"] == 3
+    assert config["data"]["classes"] == [name for name in classes if name]
+    assert config["process"]["prediction"] == "data" and config["autoencoder"]["vae"] == "none"
+    pictures = sorted(picture.name for picture in (folder / "samples").iterdir())
+    assert pictures == ["0000002.png", "0000004.png"]
+    monkeypatch.chdir(tmp_path)
+    labels = ["--class-labels", *classes] if len(classes) > 1 else ["--num-samples", "3"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(path), *labels])
+    launch(sample.main, sample.build_parser())
+    with Image.open("sample.png") as picture:
+        assert picture.size == (3 * 66 + 2, 68)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -305,6 +305,15 @@ PIXELS = "--data-path images --vae none --image-size 8 --global-batch-size 2 --m
         (f"{PIXELS} --precision tf32", "--precision tf32: cpu has none; use fp32"),
         (f"{PIXELS} --lr fast", "argument --lr: invalid float value: 'fast'"),
         (f"{PIXELS} --learning-rate 1", "unrecognized arguments: --learning-rate 1"),
+        ("--preset photos", "--data-path: required; the folder of images"),
+        (
+            "--preset photos --data-path images",
+            "--global-batch-size 32: the data set has 6 images to train on, not enough for one batch",
+        ),
+        (
+            "--preset photos --data-path images --global-batch-size 2 --image-size 60",
+            "--image-size 60: must be divisible by 8 (patch 8)",
+        ),
         ("--preset nothing", "argument --preset: invalid choice: 'nothing'"),
     ],
 )
