@@ -54,19 +54,21 @@ def main(args):
     plan.check_pictures()
     if args.published_draws:
         check_published_draws(seeds, settled)
-    if args.out:
-        check_out(args.out, count)
-    for name in ("sample.png", *(["sample.gif"] if args.gif else [])):
+    picture, folder = where_to_save(args.out)
+    animation = f"{os.path.splitext(picture)[0]}.gif"
+    if folder:
+        check_out(folder, count)
+    for name in (picture, *([animation] if args.gif else [])):
         if os.path.isdir(name):
             raise UserError(f"{name}: is a folder; remove it, or sample elsewhere")
     dist = init_distributed()
     precision = set_precision(args.precision, dist.device)
     prepare_folder = check_folder if args.dry_run else make_folder
-    prepare_folder(os.getcwd(), "working folder")
-    if args.out:
-        prepare_folder(args.out, "--out")
+    prepare_folder(os.path.dirname(os.path.abspath(picture)), "--out" if args.out else "working folder")
+    if folder:
+        prepare_folder(folder, "--out")
     if args.dry_run:
-        print(f"Would sample {args.ckpt} to sample.png; options are sound, nothing was written.")
+        print(f"Would sample {args.ckpt} to {picture}; options are sound, nothing was written.")
         return
 
     # Load the model:
@@ -79,20 +81,27 @@ def main(args):
     )  # fmt: skip
     if args.published_draws:  # all from the first one's stream
         seeds = [seeds[0]] * count
-    with user_errors("sample.png", "could not be written; make room", OSError):
+    with user_errors(picture, "could not be written; make room", OSError):
         if args.gif:
             images, trajectory = images
-            save_gif(trajectory, "sample.gif", nrow=4)
-        save_grid(images, "sample.png", nrow=4)
-        for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds) if args.out else ()):
+            save_gif(trajectory, animation, nrow=4)
+        save_grid(images, picture, nrow=4)
+        for i, (pixels, seed) in enumerate(zip(to_uint8(2 * images - 1).numpy(), seeds) if folder else ()):
             label = None if isinstance(labels, int) else labels[i]
-            save_image(os.path.join(args.out, file_name(i)), pixels, seed, label)
+            save_image(os.path.join(folder, file_name(i)), pixels, seed, label)
     names = class_names(sampler.model.num_classes, plan.classes)
     shown = "" if isinstance(labels, int) else f", labels {labels}"
     if not isinstance(labels, int) and names[0] != "0":
         shown += " (" + ", ".join(names[label].split(",")[0] for label in dict.fromkeys(labels)) + ")"
-    also = [name for name, wanted in (("sample.gif", args.gif), (args.out, args.out)) if wanted]
-    print(f"Saved {len(images)} samples to {' and '.join(['sample.png', *also])}{shown}")
+    also = [name for name, wanted in ((animation, args.gif), (folder, folder)) if wanted]
+    print(f"Saved {len(images)} samples to {' and '.join([picture, *also])}{shown}")
+
+
+def where_to_save(out):
+    """The picture of all images, and the folder for each of them, or None, that --out stands for."""
+    if out and out.lower().endswith(".png"):
+        return out, None
+    return "sample.png", out
 
 
 def file_name(i):
@@ -160,7 +169,8 @@ def build_parser():
     group.add_argument("--out", default=None, metavar="FOLDER",
                        help="write every image as a PNG of its own there too, 000000.png and so on, its seed"
                        " and label in the file's metadata; refused where other images would be left among"
-                       " them (default: none)")
+                       " them. A name that ends in .png is that of the picture of all (default: none, and"
+                       " sample.png)")
     add_speed_arguments(parser.add_argument_group("speed"))
     parser.add_argument("--dry-run", action="store_true",
                         help="check the options, load and write nothing (default: off)")

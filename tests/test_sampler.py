@@ -667,6 +667,17 @@ def test_refused_commands(ckpt, monkeypatch, capsys, argv, message):
     assert error.startswith("sample.py: error: ") and message in error and error.count("\n") == 1
 
 
+def test_the_picture_s_name(ckpt, tmp_path, monkeypatch, capsys):
+    """--out NAME.png is the picture itself, not a folder; the GIF lies beside it."""
+    run(monkeypatch, "--ckpt", ckpt, "--num-samples", "3", "--gif", "--out", "new/digits.PNG")
+    assert "Saved 3 samples to new/digits.PNG and new/digits.gif, labels" in capsys.readouterr().out
+    assert sorted(os.listdir("new")) == ["digits.PNG", "digits.gif"] and not os.path.exists("sample.png")
+    os.mkdir("folder.png")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--ckpt", ckpt, "--out", "folder.png")
+    assert "folder.png: is a folder; remove it" in capsys.readouterr().err
+
+
 def test_what_makes_no_picture(ckpt, tmp_path, monkeypatch, capsys):
     model = build_tiny(in_channels=4, learn_sigma=False)
     config = dict(model=model.config, process=create_diffusion(None, learn_sigma=False).config,
