@@ -21,7 +21,7 @@ from evaluation.metrics import frechet_distance, mean_and_covariance
 from experiments.digits import ROOT, SEEDS, write
 from runtime.autoencoder import LATENT_NORMALIZATIONS, load_autoencoder
 from runtime.cli import Parser, UserError, int_at_least, launch
-from runtime.image_io import save_grid, to_uint8
+from runtime.image_io import save_grid, to_float, to_uint8
 from sampler import Sampler
 from training.dataset import open_dataset
 from training.latent_cache import LatentCache
@@ -61,7 +61,7 @@ def main(args):
 def rows(dataset, count):
     """The images (C, H, W) of some rows, evenly spread."""
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
-    return [dataset[int(i), False][0] for i in indices]
+    return [to_float(dataset[int(i), False][0]) for i in indices]
 
 
 def reconstruct(vae, images, args):

@@ -25,7 +25,7 @@ from runtime.cli import (
     launch,
     seed_number,
 )
-from runtime.image_io import save_grid
+from runtime.image_io import save_grid, to_float
 from sampler import Sampler
 from training.dataset import DATASETS, open_dataset
 
@@ -46,7 +46,7 @@ def main(args):
             f"--data-path {args.data_path}: {len(dataset)} images of {dataset.channels} channels; at least 3"
             f" of {samples.shape[1]} are needed"
         )
-    real = torch.stack([dataset[i, False][0] for i in range(len(dataset))]) / 2 + 0.5
+    real = to_float(torch.stack([dataset[i, False][0] for i in range(len(dataset))])) / 2 + 0.5
     some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: args.num_samples]
     distances, indices = nearest(samples, real, dataset.flips)
     others, _ = nearest(real[some], real, dataset.flips, itself=some)

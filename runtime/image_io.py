@@ -114,8 +114,13 @@ def center_crop_arr(pil_image, image_size):
 
 
 def to_tensor(image):
-    """A PIL image or uint8 (H, W, C) array to float (C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+    """A PIL image or uint8 (H, W, C) array to uint8 (C, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_float(images):
+    """uint8 images as float32 in [-1, 1]; values of another type as float32."""
+    return images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images.float()
 
 
 def is_visible(entry):

@@ -22,7 +22,7 @@ import runtime.image_io
 from runtime import image_io
 from runtime.class_names import resolve_labels
 from runtime.cli import UserError
-from runtime.image_io import center_crop_arr
+from runtime.image_io import center_crop_arr, to_float
 from training.dataset import (
     CIFAR10,
     DEBIAN_FASHION,
@@ -77,8 +77,10 @@ def test_folder_with_classes(tmp_path):
     dataset = open_dataset("folder", str(tmp_path), 16)
     assert dataset.classes == ["bird", "cat", "dog"] and len(dataset) == 4
     image, label = dataset[(1, False)]
-    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.float32, 1)
-    assert image.min() >= -1 and image.max() <= 1 and image.std() > 0.3
+    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 1)
+    assert image.float().std() > 38
+    pixels = to_float(image)
+    assert pixels.dtype == torch.float32 and torch.equal(pixels, image.float() / 127.5 - 1)
     assert torch.equal(dataset[(1, True)][0], image.flip(-1))
 
 
@@ -102,7 +104,7 @@ def test_images_kept_in_memory(tmp_path):
 def test_pixels_survive(tmp_path):
     pixels = write_image(tmp_path / "a.png", size=(16, 16))
     image, label = open_dataset("folder", str(tmp_path), 16)[(0, False)]
-    assert label == 0 and np.array_equal(((image + 1) * 127.5).round().byte().permute(1, 2, 0), pixels)
+    assert label == 0 and np.array_equal(image.permute(1, 2, 0), pixels)
 
 
 def test_flat_folder_has_no_classes(tmp_path):
@@ -314,7 +316,7 @@ def test_cifar10_from_its_archive(tmp_path, monkeypatch):
     cifar = CIFAR10(str(root))
     assert len(cifar) == 30 and cifar.flips and cifar.classes[3] == "class 3" and cifar.image_size == 32
     image, label = cifar[(7, False)]
-    assert label == labels[7] and np.array_equal(((image + 1) * 127.5).round().byte(), images[7])
+    assert label == labels[7] and np.array_equal(image, images[7])
 
 
 def test_cifar10_without_a_network(tmp_path, monkeypatch):
@@ -358,7 +360,7 @@ def test_fashion_mnist_from_a_folder(fashion, tmp_path):
     raw = (fashion / "train-images-idx3-ubyte").read_bytes()[16:]
     image, label = dataset[(7, False)]
     expected = np.frombuffer(raw, np.uint8).reshape(8, 1, 28, 28)[7]
-    assert np.array_equal(((image + 1) * 127.5).round().byte(), expected)
+    assert np.array_equal(image, expected)
     labels = gzip.decompress((fashion / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
     assert label == labels[7] and [dataset[(i, False)][1] for i in range(8)] == list(labels)
     assert resolve_labels(["Trouser", "ankle boot", "t-shirt"], 10, dataset.classes) == [1, 9, 0]

@@ -38,10 +38,10 @@ class ImageDataset(Dataset):
     Name(data_path, image_size, dry_run)  as --data-path, None where not given, --image-size in pixels and
                      --dry-run, which downloads nothing, say; raises UserError for what it cannot do
     len(it)          how many images
-    it[(index, mirrored)]  (image, label): float (channels, image_size, image_size) in [-1, 1], and a class
-                     index, 0 where there are no classes; or what `condition` takes. The order decides which
-                     are mirrored, so an item is the same in whichever process reads it. Raises UserError for
-                     an unreadable image.
+    it[(index, mirrored)]  (image, label): (channels, image_size, image_size), uint8, or float in [-1, 1], and
+                     a class index, 0 where there are no classes; or what `condition` takes. The order decides
+                     which are mirrored, so an item is the same in whichever process reads it. Raises
+                     UserError for an unreadable image.
     channels         1, grey, or 3
     image_size       pixels a side
     classes          the classes' names in the order of their labels, [] for none

@@ -15,7 +15,7 @@ MANIFEST = "manifest.json"
 
 
 class LatentCache(Dataset):
-    """Posterior moments that extract_features.py wrote: items (moments (2C, h, w), label), memory-mapped; or
+    """Posterior moments that extract_features.py wrote, memory-mapped: items (float16 (2C, h, w), label); or
     latents (C, h, w), of a deterministic encoder.
 
     The mirrored item is of the mirrored image. `vae` is the config of the VAE they are of, `statistics` the
@@ -70,5 +70,5 @@ class LatentCache(Dataset):
         shard, row = divmod(index, self.shard_size)
         if shard not in self._maps:
             self._maps[shard] = np.load(self.shards[shard], mmap_mode="r")
-        moments = torch.from_numpy(self._maps[shard][row, int(mirrored)].astype(np.float32))
+        moments = torch.from_numpy(self._maps[shard][row, int(mirrored)].copy())
         return moments, int(self.labels[index])
