@@ -19,18 +19,18 @@ modes       train     a training step on cached latents: forward, backward, opti
             features  Inception features (evaluate.py)
 --against   the published implementation, float32 and eager: rows "published"; ratios are to the first row
 
-Commands for one H200, with the speeds to aim for (not measured yet):
-    python benchmark.py --mode train --model DiT-XL/2 --batch 256 --precision bf16 --compile   2.5 steps/s
-    python benchmark.py --mode train --model DiT-S/2 --batch 256 --precision bf16 --compile    22 steps/s
-    python benchmark.py --mode sample --model DiT-XL/2 --batch 64 --precision bf16 --compile   4.1 images/s
-    python benchmark.py --mode sample --model DiT-XL/2 --batch 1 --precision bf16 --compile --cuda-graphs
-    python benchmark.py --mode train --model DiT-XL/2 --batch 128 --precision tf32 bf16 --compile \\
+On a GPU (docs/speed.md has what an H200 gave):
+    python benchmark.py --mode train --model DiT-XL/2 --batch 256 --precision bf16 --compile --profile
+    python benchmark.py --mode train --model DiT-XL/2 --batch 32 --precision tf32 bf16 --compile \\
         --grad-checkpointing --against
+    python benchmark.py --mode sample --model DiT-XL/2 --batch 4 --precision bf16 --compile --cuda-graphs
+    python benchmark.py --mode encode decode --batch 32 --precision fp32 tf32 bf16 --compile
 """
 
 import copy
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -49,6 +49,7 @@ from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -58,7 +59,7 @@ from extract_features import complete, finish_shard
 from models import DiT_models
 from runtime.autoencoder import SD_SCALE, VAE, Pixels
 from runtime.cli import Parser, UserError, atomic_write, float_above, int_at_least, launch, leave_group
-from runtime.distributed import PRECISIONS, init_distributed, set_precision
+from runtime.distributed import TRAINING_PRECISIONS, init_distributed, set_precision, uses_bfloat16
 from runtime.flops import count_macs, device_name, measure_matmul_flops, peak_flops
 from runtime.image_io import to_uint8
 from sample_ddp import sample_batches
@@ -90,6 +91,7 @@ class BenchmarkConfig:
     compile: bool = False
     grad_checkpointing: bool = False
     cuda_graphs: bool = False
+    residual_dtype: str = "fp32"
     num_workers: int = 0
 
 
@@ -167,29 +169,35 @@ def run(args, earlier=()):
 def list_variants(mode, config, args, precisions, device):
     """The variants of a mode that the options ask for: [(name, BenchmarkConfig, what builds a Workload)]."""
     fp32 = replace(config, precision="fp32")
-    if mode in ("encode", "decode"):  # the VAE does not run in bf16, but in the default precision
-        build, default = encoding if mode == "encode" else decoding, set_precision(None, device)
+    if mode == "decode":  # which is never in bf16, but in the default precision
+        default = set_precision(None, device)
         used = dict.fromkeys("fp32" if precision == "fp32" else default for precision in precisions)
-        return [(precision, replace(config, precision=precision), build) for precision in used]
+        return [(precision, replace(config, precision=precision), decoding) for precision in used]
     if mode == "write":
         return [("npz", config, writing), ("npz and PNGs", config, partial(writing, png=True))]
-    if mode in WITHOUT_DIT:
+    if mode in WITHOUT_DIT and mode != "encode":
         build = dict(latents=reading_latents, images=reading_images, features=extracting_features)[mode]
         return [("", fp32, build)]
     training_mode, variants = mode == "train", []
-    if args.against:
+    if args.against and mode != "encode":
         build = published_training if training_mode else published_sampling
         variants.append(("published", fp32, build))
         if args.against == "online" and training_mode:
             variants.append(("published, VAE online", fp32, partial(build, online=True)))
         if "tf32" in precisions:
             variants.append(("published, tf32", replace(config, precision="tf32"), build))
-    switches = ("compile", "grad_checkpointing" if training_mode else "cuda_graphs")
+    switches = dict(train=("compile", "grad_checkpointing", "bf16_residual"), encode=("compile",),
+                    sample=("compile", "cuda_graphs"))[mode]  # fmt: skip
     choices = [(False, True) if getattr(args, name) else (False,) for name in switches]
     for precision, *chosen in product(precisions, *choices):
         on = [name for name, value in zip(switches, chosen) if value]
-        changed = replace(config, precision=precision, **dict.fromkeys(on, True))
-        build = training if training_mode else sampling
+        if "bf16_residual" in on and not uses_bfloat16(precision):
+            continue
+        options = {name: True for name in on if name != "bf16_residual"}
+        if "bf16_residual" in on:
+            options["residual_dtype"] = "bf16"
+        changed = replace(config, precision=precision, **options)
+        build = dict(train=training, sample=sampling, encode=encoding)[mode]
         variants.append((", ".join([precision, *on]).replace("_", " "), changed, build))
     return variants
 
@@ -222,6 +230,8 @@ def measure(mode, variants, args, dist):
         ready * args.repeats, desc=mode, unit="window", leave=False, disable=not dist.is_main
     ):
         row["windows"].append(time_steps(workload, config, row["steps"], dist) / row["steps"])
+    for row, config, workload in ready if args.profile else ():
+        row["profile"] = profile_steps(workload, config, dist)
     for _, _, workload in ready:
         workload.close()
     return rows
@@ -240,6 +250,32 @@ def time_steps(workload, config, steps, dist):
     start = now()
     workload.run(steps)
     return now() - start
+
+
+# Kinds of work, by what the names of their kernels or operations hold; the first that fits counts:
+KINDS = {
+    "attention": "flash|fmha|sdpa|attention|dot_do_o|convert_dq",
+    "optimizer and EMA": "adam|multi_tensor|_foreach",
+    "matrix products": "gemm|nvjet|cutlass|cublas|addmm|mkldnn_linear|::mm|::bmm|conv|scaled_mm",
+    "compiled": "triton",
+    "copies": "memcpy|memset|copy_",
+    "other": "",
+}
+
+
+def profile_steps(workload, config, dist, steps=3):
+    """Milliseconds of a step by kind of work, a dict; on a GPU also those in which it waits, "idle"."""
+    on_gpu = dist.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as found:
+        seconds = time_steps(workload, config, steps, dist)
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for event in found.key_averages():
+        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key.lower()))
+        kinds[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
+    if on_gpu:
+        kinds["idle"] = max(0.0, 1e3 * seconds / steps - sum(kinds.values()))
+    return kinds
 
 
 def summarize(row, first, args, dist, matmul_flops):
@@ -296,6 +332,8 @@ def print_row(row, with_heading):
         cells.append(f"{text:>{width}}")
     cells = [row["failed"]] if "failed" in row else cells
     print(f"{describe(row):<34}  {row['way']:<26}", *cells, sep="  ", flush=True)
+    if "profile" in row:
+        print("    ms a step:", ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,11 +342,12 @@ def print_row(row, with_heading):
 
 def build_dit(config, device):
     """A DiT without zeros, which some processors multiply faster."""
-    model = DiT_models[config.model](input_size=config.image_size // FACTOR, num_classes=NUM_CLASSES)
+    with device:
+        model = DiT_models[config.model](input_size=config.image_size // FACTOR, num_classes=NUM_CLASSES)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    return model.to(device)
+    return model
 
 
 def build_vae(device):
@@ -451,7 +490,9 @@ def calling(call, x):
 def encoding(config, dist):
     """A batch of extract_features.py: posteriors of images and of their mirror images."""
     vae, images = build_vae(dist.device), random_batch(config, dist.device, 3, 1)[0].to(dist.device)
-    return calling(lambda x: torch.stack([vae.moments(x), vae.moments(x.flip(-1))], 1).half().cpu(), images)
+    workload = calling(lambda x: torch.stack([vae.moments(x), vae.moments(x.flip(-1))], 1).half(), images)
+    vae.encode_in(config.precision, config.compile)
+    return workload
 
 
 def decoding(config, dist):
@@ -545,11 +586,15 @@ def build_parser():
         help="sides of the images (default: 256)")
     add("--batch", type=int_at_least(1), nargs="+", default=[8], metavar="IMAGES",
         help="images a step, of each process (default: 8)")
-    add("--precision", choices=PRECISIONS, nargs="+", default=None,
+    add("--precision", choices=TRAINING_PRECISIONS, nargs="+", default=None,
         help="arithmetic of matrix products, as train.py's (default: tf32 on a GPU that has it, else fp32)")
     add("--compile", action="store_true", help="measure compiled blocks too (default: off)")
     add("--grad-checkpointing", action="store_true",
         help="measure training with blocks recomputed too (default: off)")
+    add("--bf16-residual", action="store_true",
+        help="measure training with --residual-dtype bf16 too, in bf16 and fp8 (default: off)")
+    add("--profile", action="store_true",
+        help="show where the time of a step goes, by kind of work (default: off)")
     add("--cuda-graphs", action="store_true",
         help="measure sampling with recorded steps too, on a GPU (default: off)")
     add("--against", nargs="?", choices=("cached", "online"), const="cached", default=None,

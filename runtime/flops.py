@@ -8,14 +8,16 @@ import time
 import torch
 import torch.nn as nn
 
-from runtime.distributed import set_precision
+from runtime.distributed import set_precision, uses_bfloat16
 
 # Dense matrix products, FLOP/s, of the datasheets, by precision and a part of the device's name; the first
 # that fits counts:
 PEAK_FLOPS = {
-    "H200 NVL": dict(bf16=836e12, tf32=418e12), "H200": dict(bf16=989e12, tf32=495e12),
-    "H100 PCIe": dict(bf16=756e12, tf32=378e12), "H100 NVL": dict(bf16=836e12, tf32=418e12),
-    "H100": dict(bf16=989e12, tf32=495e12), "A100": dict(bf16=312e12, tf32=156e12),
+    "H200 NVL": dict(fp8=1671e12, bf16=836e12, tf32=418e12),
+    "H200": dict(fp8=1979e12, bf16=989e12, tf32=495e12),
+    "H100 PCIe": dict(fp8=1513e12, bf16=756e12, tf32=378e12),
+    "H100 NVL": dict(fp8=1671e12, bf16=836e12, tf32=418e12),
+    "H100": dict(fp8=1979e12, bf16=989e12, tf32=495e12), "A100": dict(bf16=312e12, tf32=156e12),
 }  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def measure_matmul_flops(device, precision):
     """FLOP/s that this device reaches in one large matrix product at this precision."""
     set_precision(precision, device)
     size = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if uses_bfloat16(precision) else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(10):

@@ -69,14 +69,46 @@ def test_no_step_waits_for_the_gpu(gpu):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_training_with_everything_on(gpu, monkeypatch, tmp_path):
-    argv = ["train.py", "--preset", "digits", "--max-steps", "60", "--log-every", "20", "--precision", "bf16",
-            "--compile", "--grad-checkpointing", "--results-dir", str(tmp_path)]  # fmt: skip
+def train_digits(monkeypatch, folder, *argv):
+    """The rows of metrics.jsonl of a run of the digits in this folder."""
+    argv = ["train.py", "--preset", "digits", "--log-every", "20", "--results-dir", str(folder), *argv]
     monkeypatch.setattr(sys, "argv", argv)
     launch(train.main, train.build_parser())
-    rows = (tmp_path / "000-DiT-S-2-digits" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(row)["loss"] for row in rows]
-    assert losses[-1] < losses[0]
+    rows = (folder / "000-DiT-S-2-digits" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row) for row in rows]
+
+
+def test_training_with_everything_on(gpu, monkeypatch, tmp_path):
+    argv = ["--max-steps", "60", "--precision", "bf16", "--compile", "--grad-checkpointing"]
+    rows = train_digits(monkeypatch, tmp_path, *argv)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_continued_run_has_the_same_losses(gpu, monkeypatch, tmp_path, precision):
+    argv = ["--max-steps", "60", "--ckpt-every", "20", "--precision", precision, "--compile"]
+    whole = [row["loss"] for row in train_digits(monkeypatch, tmp_path, *argv)]
+    middle = tmp_path / "000-DiT-S-2-digits" / "checkpoints" / "0000020.pt"
+    again = [row["loss"] for row in train_digits(monkeypatch, tmp_path, *argv, "--resume", str(middle))]
+    assert len(whole) == 3 and again == whole
+
+
+def test_training_in_fp8(gpu, monkeypatch, tmp_path):
+    pytest.importorskip("torchao")
+    argv = ["--max-steps", "40", "--compile", "--residual-dtype", "bf16", "--precision"]
+    losses = {}
+    for precision in ("bf16", "fp8"):
+        rows = train_digits(monkeypatch, tmp_path / precision, *argv, precision)
+        losses[precision] = rows[-1]["loss"]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.05)
+
+
+def test_latents_encoded_in_bfloat16(gpu):
+    vae, images = benchmark.build_vae(gpu), torch.rand(2, 3, 128, 128, device=gpu) * 2 - 1
+    exact = vae.moments(images)[:, :4]
+    vae.encode_in("bf16", compile=True)
+    error = (vae.moments(images)[:, :4] - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.03
 
 
 def test_benchmark(gpu, monkeypatch, tmp_path):
