@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from runtime.cli import Parser, int_at_least, launch, require_parts
@@ -437,6 +438,7 @@ class DiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.learn_sigma, self.num_heads, self.num_classes = learn_sigma, num_heads, num_classes
         self.grad_checkpointing = False  # set it to recompute every block in the backward pass, for memory
+        self.residual_dtype = None  # set it for tokens of another type than the blocks' weights
 
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -454,6 +456,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             [BLOCKS[block](hidden_size, num_heads, attention, network) for _ in range(depth)]
         )
+        # Only a block that draws random numbers needs the same ones when it is recomputed:
+        self._has_dropout = any(isinstance(module, _DropoutNd) for module in self.blocks.modules())
         self.final_layer = BLOCKS[block].final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -534,10 +538,10 @@ class DiT(nn.Module):
                 embeddings.append(self.y_embedder(y, self.training, force_drop_ids))
         x, c = self.condition(x, embeddings)
         # With weights stored as bfloat16 the blocks run in it; otherwise these change nothing:
-        x, c_blocks = x.to(self.block_dtype), c.to(self.block_dtype)
+        x, c_blocks = x.to(self.residual_dtype or self.block_dtype), c.to(self.block_dtype)
         for number, block in enumerate(self.blocks, start=1):
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, c_blocks, use_reentrant=False)
+                x = checkpoint(block, x, c_blocks, use_reentrant=False, preserve_rng_state=self._has_dropout)
             else:
                 x = block(x, c_blocks)
             if number == features_of:

@@ -35,6 +35,7 @@ from runtime.distributed import (
     generator_for,
     init_distributed,
 )
+from runtime.image_io import to_float
 from training.aux_losses import RecordAuxLoss
 from training.dataset import DistributedBatchSampler, make_loader
 from training.dry_run import dry_run
@@ -58,6 +59,8 @@ def main(args):
     # Load what can fail to load, before anything is written:
     with dist.agreeing():
         autoencoder = plan.load_autoencoder(dist.device)
+        if not plan.has_cached_latents:
+            autoencoder.encode_in(args.precision, args.compile)
         initial = args.init_from and checkpoints.load(find_file(args.init_from, "--init-from"), "--init-from")
         fid = open_fid(args, plan, dist) if args.fid_ref else None
 
@@ -145,6 +148,7 @@ def train_step(state, images, labels, args, encode, check=lambda: None):
         if part:
             check()
         rows = {name: value.to(device, non_blocking=True) for name, value in zip(batch, values)}
+        rows["images"] = to_float(rows["images"])
         rows["x_start"] = encode(rows["images"], rows["posterior"])
         model_kwargs = dict(y=rows["labels"], force_drop_ids=rows["drop"]) if args.num_classes else {}
         network = state.autocast_model
@@ -224,6 +228,9 @@ def update_ema(ema_model, model, decay=0.9999):
     """Move every trained weight of ema_model to decay · itself + (1 - decay) · the model's."""
     pairs = [(e, p) for e, p in zip(ema_model.parameters(), model.parameters()) if p.requires_grad]
     averages, weights = zip(*((local_shard(e), local_shard(p)) for e, p in pairs))
+    if averages[0].is_cuda:  # in one pass
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        return
     torch._foreach_mul_(averages, decay)
     torch._foreach_add_(averages, weights, alpha=1 - decay)
 

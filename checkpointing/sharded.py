@@ -24,6 +24,7 @@ import torch
 
 from models import DiT
 from runtime.cli import UserError, user_errors
+from runtime.distributed import uses_bfloat16
 
 PLAIN, SIZES = "plain.pt", "sizes.json"
 UNWRITTEN = "could not be written; earlier checkpoints stand; make room and run the same command again"
@@ -66,7 +67,7 @@ def shard_copy(module, model_of, dist, precision="fp32", compile=False):
 
 def gathers_bfloat16(precision, device):
     """Whether blocks are gathered in bfloat16: on GPUs. Norms on a CPU have the type of their weights."""
-    return precision == "bf16" and device.type == "cuda"
+    return uses_bfloat16(precision) and device.type == "cuda"
 
 
 def gather_copy(model, device):

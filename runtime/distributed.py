@@ -15,6 +15,7 @@ import torch
 from runtime.cli import Stopped, UserError, out_of_memory, reason_of, user_errors
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
 # How long processes wait for one another: tens of minutes, since the main one may download weights meanwhile.
 TIMEOUT = timedelta(minutes=60)
 
@@ -309,12 +310,13 @@ def agree_on_store(rank, world_size):
         time.sleep(0.1)
 
 
-def add_precision_argument(parser):
-    """--precision, the same in every command."""
+def add_precision_argument(parser, precisions=PRECISIONS):
+    """--precision, the same in every command but for those that train, which have fp8 too."""
+    fp8 = "; fp8 (three bits) is for the blocks' layers, bf16 for the rest" if "fp8" in precisions else ""
     parser.add_argument(
-        "--precision", choices=("auto", *PRECISIONS), default=None,
+        "--precision", choices=("auto", *precisions), default=None,
         help="arithmetic of matrix products: fp32, tf32 (ten bits of mantissa, on tensor cores) or bf16"
-        " (seven; weights, time embedding, final layer and loss stay float32); auto is bf16 where the"
+        f" (seven; weights, time embedding, final layer and loss stay float32){fp8}; auto is bf16 where the"
         " processor multiplies it faster (default: tf32 on a GPU that has it, else fp32)",
     )  # fmt: skip
 
@@ -329,11 +331,23 @@ def set_precision(precision, device):
         precision = "bf16" if fast else None
     if precision == "tf32" and not has_tf32:
         raise UserError(f"--precision tf32: {device} has none; use fp32")
+    if precision == "fp8" and not has_fp8(device):
+        raise UserError(f"--precision fp8: {device} has none, which needs an H100 or newer; use bf16")
     precision = precision or ("tf32" if has_tf32 else "fp32")
     # What bf16 leaves in float32 may as well run on tensor cores:
-    use_tf32 = precision == "tf32" or (precision == "bf16" and has_tf32)
+    use_tf32 = precision == "tf32" or (uses_bfloat16(precision) and has_tf32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use_tf32
     return precision
+
+
+def has_fp8(device):
+    """Whether a device multiplies matrices in fp8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def uses_bfloat16(precision):
+    """Whether what --precision does not keep in float32 is computed in bfloat16 by autocast."""
+    return precision in ("bf16", "fp8")
 
 
 # ---------------------------------------------------------------------------------------------

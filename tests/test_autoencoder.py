@@ -102,6 +102,20 @@ def test_encode_and_decode(tmp_path):
     assert not x.requires_grad and vae.decode(x).shape == images.shape
 
 
+@pytest.mark.parametrize("save", [save_vae, save_tiny, save_dc])
+def test_encoding_in_bfloat16(tmp_path, save):
+    """For training; latents and pictures stay float32."""
+    save(tmp_path)
+    vae = load_autoencoder(str(tmp_path), "cpu")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    exact = vae.moments(images)
+    vae.encode_in("bf16")
+    found = vae.moments(images)
+    assert found.dtype == torch.float32 and 1e-5 < (found - exact).norm() / exact.norm() < 0.03
+    vae.encode_in("tf32")
+    assert torch.equal(vae.moments(images), exact)
+
+
 def test_pixels_are_left_alone():
     images = torch.rand(2, 1, 8, 8)
     pixels = load_autoencoder("none", CPU, image_channels=1)

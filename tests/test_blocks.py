@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import build_tiny, rule_input
 
 from checkpointing import files as checkpoints
-from models import BLOCKS, FFNS, ConvFFN, CrossAttention, DiT, DiT_models
+from models import BLOCKS, FFNS, MLP, ConvFFN, CrossAttention, DiT, DiT_models
 from runtime.flops import count_macs
 
 OPTIONS = {
@@ -105,6 +106,51 @@ def test_checkpointed_is_plain(overrides):
         out.square().sum().backward()
         gradients.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
     assert all(map(torch.equal, *gradients))
+
+
+def test_a_checkpointed_block_drops_the_same(monkeypatch):
+    """One that draws random numbers draws them again."""
+
+    class Dropping(MLP):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.dropout = nn.Dropout(0.5)
+
+    monkeypatch.setitem(FFNS, "dropping", Dropping)
+    model, gradients = awake(ffn="dropping", class_dropout_prob=0.0).train(), []
+    for model.grad_checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(*inputs(model)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_tokens_in_bfloat16(block, grad_checkpointing):
+    """Tokens between the blocks; weights and output stay float32, and the error is of bfloat16's own size."""
+    model = awake(block=block).train()
+    model.grad_checkpointing = grad_checkpointing
+    x, t, y = inputs(model)
+    drop, seen = torch.zeros(3, dtype=torch.bool), []
+    model.blocks[-1].register_forward_hook(lambda block, given, out: seen.append((given[0].dtype, out.dtype)))
+    exact = model(x, t, y, drop)
+    errors, gradients = [], []
+    for model.residual_dtype in (None, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x, t, y, drop)
+        out.square().mean().backward()
+        gradients.append(model.blocks[0].mlp.fc1.weight.grad.clone())
+        errors.append(((out - exact).norm() / exact.norm()).item())
+        assert out.dtype == torch.float32
+    assert seen[1] == (torch.float32, torch.float32) and (torch.bfloat16, torch.bfloat16) in seen
+    assert errors[0] < errors[1] < 0.02
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 
 
 @options

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -72,6 +73,28 @@ def test_fid_is_logged_and_the_best_is_kept(straight, reference):
         of_samples = pooled.double().mean(0), np.cov(pooled.double().T)
         again = frechet_distance(file["mu"], file["sigma"], *of_samples)
     assert again == pytest.approx(values[step], rel=1e-3)
+
+
+def print_what_is_sampled():
+    use_tiny()
+    sample = inception.SampleFID._sample
+
+    def printing(self, sampler, *share):
+        print("sampled in", sampler.model.block_dtype, id(sampler.model))
+        return sample(self, sampler, *share)
+
+    inception.SampleFID._sample = printing
+
+
+def test_a_run_in_bfloat16_is_sampled_in_it(straight, tmp_path, reference):
+    """By one copy of the average, which follows it."""
+    argv = ["--precision", "bf16", "--max-steps", 8]
+    folder, printed = run(tmp_path, reference, *argv, before=print_what_is_sampled)
+    found = re.findall(r"sampled in (\S+ \d+)", printed)
+    assert len(found) == 2 and len({*found}) == 1 and "torch.bfloat16" in found[0]
+    alone = fids(straight[0])
+    assert fids(folder) == pytest.approx({4: alone[4], 8: alone[8]}, rel=0.05)
+    assert best_of(folder)["ema"]["blocks.0.mlp.fc1.weight"].dtype == torch.float32
 
 
 def test_two_processes_share_the_samples(straight, tmp_path, reference):

@@ -1,5 +1,6 @@
 """What a GPU will need, as far as that shows without one: shards, precision, graphs, devices, memory."""
 
+import copy
 import math
 import os
 import re
@@ -17,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from diffusion import create_diffusion, create_process
 from diffusion.timestep_sampler import LossSecondMomentResampler
-from models import DiT_models
+from models import DiT, DiT_models
 from runtime.cli import UserError
 from runtime.distributed import ALONE
 from runtime.flops import datasheet_flops
+from training.fp8 import convert_to_fp8
 from training.memory import step_memory
 from training.run_log import memory_gib, restart_peak_memory
 from training.state import TrainingState
@@ -126,6 +128,69 @@ def test_a_gpu_is_known_by_its_form():
         "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "Some GPU": None,
     }  # fmt: skip
     assert {name: datasheet_flops(name, "bf16") for name in rates} == rates
+
+
+def test_fp8_rounds_the_blocks_large_layers_alone():
+    """Emulated, as a device with fp8 would: other numbers, near enough; the same names, float32 weights."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = DiT(input_size=8, hidden_size=64, depth=2, num_heads=4, num_classes=10)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    rounded = copy.deepcopy(model)
+    convert_to_fp8(rounded.blocks, emulate=True)
+    assert {name: (value.shape, value.dtype) for name, value in rounded.state_dict().items()} == {
+        name: (value.shape, value.dtype) for name, value in model.state_dict().items()
+    }
+    found = []
+    for network, bf16 in ((model, False), (model, True), (rounded, True)):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = network(torch.ones(4, 4, 8, 8), torch.arange(4.0), torch.arange(4), torch.zeros(4))
+        out.square().mean().backward()
+        found.append((out.detach(), network.blocks[0].mlp.fc1.weight.grad.clone()))
+    exact, *others = found
+    (out_bf16, gradient_bf16), (out_fp8, gradient_fp8) = (
+        [(value - right).norm() / right.norm() for value, right in zip(values, exact)] for values in others
+    )
+    assert out_bf16 < out_fp8 < 0.01 and gradient_bf16 < 0.01 < gradient_fp8 < 0.1
+    assert any("Float8" in type(layer).__name__ for layer in rounded.modules())
+    assert type(rounded.blocks[0].adaLN_modulation[1]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--precision", "fp8"], "--precision fp8: cpu has none, which needs an H100 or newer; use bf16"),
+    (["--residual-dtype", "bf16"], "--residual-dtype bf16: --precision is fp32; give --precision bf16 too"),
+])  # fmt: skip
+def test_precisions_that_cannot_be(tmp_path, argv, message):
+    _, printed = run(tmp_path, *QUICK, *argv, expect=2)
+    assert message in printed
+
+
+def hide_torchao():
+    sys.modules["torchao"] = sys.modules["torchao.float8"] = None
+
+
+def test_fp8_without_its_library(tmp_path):
+    """A plan for other machines too says what they need."""
+    argv = ["--precision", "fp8", "--dry-run", "--world-size", "1", "--resume", "never"]
+    _, printed = run(tmp_path, *QUICK, *argv, before=hide_torchao, expect=2)
+    assert "--precision fp8: torchao is not installed; uv sync --group fp8" in printed
+
+
+@pytest.mark.parametrize("parts", ["1", "2"])
+def test_gradients_exchanged_in_bfloat16(tmp_path, parts):
+    argv = [*QUICK, "--grad-accum-steps", parts]
+    whole, _ = run(tmp_path / "whole", *argv, runs=start_two)
+    folder, _ = run(tmp_path / "bf16", *argv, "--grad-compression", "bf16", runs=start_two)
+    np.testing.assert_allclose(losses(folder), losses(whole), rtol=2e-3)
+    norms = [losses(name, "grad_norm") for name in (folder, whole)]
+    assert norms[0] != norms[1]
+    np.testing.assert_allclose(*norms, rtol=5e-3)
+    argv += ["--grad-compression", "bf16", "--shard"]
+    _, printed = run(tmp_path / "shard", *argv, runs=start_two, expect=2)
+    assert "--grad-compression bf16: --shard sums gradients in float32; leave one out" in printed
 
 
 def rename_the_device():

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_iter
 from diffusion import create_process
 from models import DiT
 from runtime.autoencoder import PIXELS_AT_ONCE, PUBLISHED_VAES, resolve_vae
+from runtime.distributed import uses_bfloat16
 from training.optimizers import OPTIMIZERS
 from training.state import autocast
 
@@ -57,6 +58,7 @@ def step_memory(args, model_config, process_config, images):
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as live, torch.device("cpu"):
         model = DiT(**model_config).train()
         model.grad_checkpointing = args.grad_checkpointing
+        model.residual_dtype = torch.bfloat16 if args.residual_dtype == "bf16" else None
         found = dict(weights=live.now)
         average = [parameter.detach().clone() for parameter in model.parameters()]
         found["average"] = live.now - found["weights"]
@@ -96,7 +98,7 @@ def training_memory(args, plan, world_size):
         with torch.device("meta"):
             model = DiT(**plan.model_config)
         block = sum(parameter.nbytes for parameter in model.blocks[0].parameters())
-        gathered = 2 * block * (0.5 if args.precision == "bf16" else 1)  # one at work, and the next
+        gathered = 2 * block * (0.5 if uses_bfloat16(args.precision) else 1)  # one at work, and the next
         rest = found["weights"] - block * len(model.blocks)
         for name in ("weights", "average", "optimizer", "gradients"):
             found[name] //= world_size

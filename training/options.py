@@ -10,7 +10,7 @@ from evaluation.inception import add_inception_arguments
 from models import BLOCKS, FFNS, POS_EMBEDS, DiT_models
 from runtime.autoencoder import LATENT_NORMALIZATIONS, add_vae_argument
 from runtime.cli import Parser, float_above, float_at_least, fraction, int_at_least, seed_number
-from runtime.distributed import add_precision_argument
+from runtime.distributed import TRAINING_PRECISIONS, add_precision_argument
 from sampling.options import (
     FID_CFG_SCALE,
     add_sampling_arguments,
@@ -244,7 +244,13 @@ def _add_training_arguments(group):
     group.add_argument("--timestep-sampler", choices=list(SCHEDULE_SAMPLERS), default="uniform",
                        help="how training times are drawn: uniform, logit-normal (for a flow), or by the loss"
                        " they had (for a diffusion) (default: uniform)")
-    add_precision_argument(group)
+    add_precision_argument(group, TRAINING_PRECISIONS)
+    group.add_argument("--residual-dtype", choices=("fp32", "bf16"), default="fp32",
+                       help="type of the tokens between the blocks' layers; bf16, beside --precision bf16 or"
+                       " fp8, takes less memory and time, but rounds them at every layer (default: fp32)")
+    group.add_argument("--grad-compression", choices=("none", "bf16"), default="none",
+                       help="type in which processes exchange gradients, for slow networks between machines"
+                       " (default: none, float32)")
     # fmt: on
 
 

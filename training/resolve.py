@@ -14,7 +14,7 @@ from evaluation.inception import read_fid_reference, read_weights
 from models import DiT_models
 from runtime.autoencoder import VAE, describe_vae, is_copy, load_autoencoder, resolve_vae
 from runtime.cli import UserError, is_utf8, user_errors
-from runtime.distributed import set_precision
+from runtime.distributed import set_precision, uses_bfloat16
 from sampling.options import (
     DEFAULTS,
     check_sampling_options,
@@ -22,6 +22,7 @@ from sampling.options import (
     sampling_options,
 )
 from training.dataset import ReadableDataset, held_out_count, hold_out, open_dataset, require_same_data
+from training.fp8 import import_torchao
 from training.latent_cache import LatentCache
 from training.latent_statistics import measure, require_channels
 from training.run_dir import resolve_paths
@@ -100,6 +101,7 @@ def resolve(args, dist):
     """
     check_objective(args)
     check_processes(args, dist.world_size)
+    check_precision(args)
     process = create_process(process_config(args))
     options = {**dict.fromkeys(DEFAULTS), **process.sampling, **given_sampling(args)}
     check_sampling_options(options, process)
@@ -156,6 +158,18 @@ def check_processes(args, world_size):
             f"--global-batch-size {args.global_batch_size}: must be divisible by {world_size} processes"
             f" x --grad-accum-steps {args.grad_accum_steps}"
         )
+
+
+def check_precision(args):
+    """Refuse what --precision or --shard leaves no room for."""
+    if args.residual_dtype == "bf16" and not uses_bfloat16(args.precision):
+        raise UserError(f"--residual-dtype bf16: --precision is {args.precision}; give --precision bf16 too")
+    if args.grad_compression != "none" and args.shard:
+        raise UserError("--grad-compression bf16: --shard sums gradients in float32; leave one out")
+    if args.precision == "fp8":
+        if args.shard:
+            raise UserError("--precision fp8: not with --shard; leave one out")
+        import_torchao()
 
 
 def split(args, dataset, dist):

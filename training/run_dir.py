@@ -36,7 +36,7 @@ PATHS = ("data_path", "feature_path", "vae", "init_from", "fid_ref", "inception_
 # What options mean for runs that were begun before there were such options:
 ADDED_OPTIONS = dict(
     optimizer="adamw", aux_loss=None, aux_weight=0.5, aux_layer=None, latent_normalization="scale",
-    random_flip=True,
+    random_flip=True, residual_dtype="fp32", grad_compression="none",
 )  # fmt: skip
 FINISHED = ".finished"  # an empty file in the folder of a run that reached its last step
 OWNER = ".owner"  # which process holds the folder, or held it last

@@ -3,13 +3,16 @@
 import copy
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointing import files as checkpoints
 from checkpointing import sharded
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime.cli import UserError
+from runtime.distributed import uses_bfloat16
 from training.aux_losses import ModelWithAuxLoss
+from training.fp8 import convert_to_fp8
 from training.optimizers import OPTIMIZERS
 from training.run_log import Meter
 
@@ -109,6 +112,10 @@ def prepare(trained, args, dist):
     """Compile and checkpoint the model's blocks as asked, and share its work among processes; returns the
     trained module as a step calls it."""
     model_of(trained).grad_checkpointing = args.grad_checkpointing
+    if args.residual_dtype == "bf16":
+        model_of(trained).residual_dtype = torch.bfloat16
+    if args.precision == "fp8":
+        convert_to_fp8(model_of(trained).blocks)
     if args.shard:
         return trained
     if args.compile:
@@ -119,14 +126,18 @@ def prepare(trained, args, dist):
     device_ids = [dist.device.index] if dist.device.type == "cuda" else None
     # A static graph cannot know no_sync's and checkpointing's extra passes:
     static = args.grad_accum_steps == 1 and not args.grad_checkpointing
-    return DistributedDataParallel(
-        trained, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static
-    )
+    parallel = DistributedDataParallel(
+        trained, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static,
+        bucket_cap_mb=100 if device_ids else None,  # fewer, larger exchanges suit GPUs
+    )  # fmt: skip
+    if args.grad_compression == "bf16":
+        parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    return parallel
 
 
 def autocast(model, device, precision):
     """The model, with its matrix products in bfloat16 where --precision says so."""
-    if precision != "bf16":
+    if not uses_bfloat16(precision):
         return model
 
     def network(*args, **kwargs):

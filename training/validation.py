@@ -1,10 +1,13 @@
 """What is looked at while a run trains: the loss on held-out images, FID, and pictures."""
 
+import copy
+
 import torch
 from torch.utils.data import default_collate
 
 from evaluation.inception import SampleFID, share_of
-from runtime.distributed import EVALUATION, generator_for
+from runtime.distributed import EVALUATION, generator_for, uses_bfloat16
+from runtime.image_io import to_float
 from sampler import Sampler
 from sampling.options import FID_CFG_SCALE
 
@@ -21,6 +24,7 @@ class Validation:
     def __init__(self, run, autoencoder, fid, stop):
         self.run, self.args, self.plan, self.dist = run, run.args, run.plan, run.dist
         self.autoencoder, self.fid, self.stop = autoencoder, fid, stop
+        self._bfloat16_copy = None  # of the average, for FID
 
     def catch_up(self, state):
         """Do what was due at the step that a run continues from, and was cut off."""
@@ -42,11 +46,23 @@ class Validation:
         numbers = dict(eval_loss=loss)
         if self.fid:
             ema = state.full_ema()
-            sampler = Sampler(ema, state.process, self.autoencoder, self.dist.device, self.fid.sampling)
-            with self.stop.interrupting(ema):
+            network = self._network_for_fid(ema)
+            sampler = Sampler(network, state.process, self.autoencoder, self.dist.device, self.fid.sampling)
+            with self.stop.interrupting(network):
                 numbers[self.fid.name] = self.fid(sampler)
             self.run.offer_best(state, ema, self.fid.name, numbers[self.fid.name])
         self.run.write_metrics(state.step, **numbers)
+
+    def _network_for_fid(self, ema):
+        """The average itself, or where a run trains in bfloat16 a copy that is sampled in it."""
+        if not uses_bfloat16(self.args.precision):
+            return ema
+        if self._bfloat16_copy is None:
+            self._bfloat16_copy = copy.deepcopy(ema).store_bfloat16()
+            if self.args.compile:
+                self._bfloat16_copy.compile_blocks()
+        self._bfloat16_copy.load_state_dict(ema.state_dict())
+        return self._bfloat16_copy
 
     def sample(self, state):
         """A picture for every guidance scale asked for."""
@@ -88,7 +104,7 @@ def held_out_loss(state, plan, args, autoencoder, check, batch_size=64):
         rows = batch[dist.rank :: dist.world_size]
         rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
         images, labels, _ = zip(*(held_out[(int(row), False)] for row in rows))
-        images, labels = torch.stack(images).to(device), default_collate(labels).to(device)
+        images, labels = to_float(torch.stack(images).to(device)), default_collate(labels).to(device)
         x_start = encode(images, posterior[rows].to(device))
         model_kwargs = dict(y=labels) if args.num_classes else {}
         losses = process.training_losses(
