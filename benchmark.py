@@ -30,7 +30,6 @@ On a GPU (docs/speed.md has what an H200 gave):
 import copy
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -49,7 +48,6 @@ from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -62,6 +60,7 @@ from runtime.cli import Parser, UserError, atomic_write, float_above, int_at_lea
 from runtime.distributed import TRAINING_PRECISIONS, init_distributed, set_precision, uses_bfloat16
 from runtime.flops import count_macs, device_name, measure_matmul_flops, peak_flops
 from runtime.image_io import to_uint8
+from runtime.profiling import profile_step
 from sample_ddp import sample_batches
 from sampler import Sampler
 from sampling.npz_writer import NpzWriter
@@ -108,6 +107,8 @@ class Workload:
 def main(args):
     """Measure speed."""
     check_cuda_graphs(args.cuda_graphs)
+    if args.bf16_residual and not any(map(uses_bfloat16, args.precision or ())):
+        raise UserError("--bf16-residual: has no meaning without --precision bf16 or fp8")
     if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
         raise UserError(f"--out {args.out}: cannot be written there")
     if args.processes == [1]:
@@ -169,6 +170,8 @@ def run(args, earlier=()):
 def list_variants(mode, config, args, precisions, device):
     """The variants of a mode that the options ask for: [(name, BenchmarkConfig, what builds a Workload)]."""
     fp32 = replace(config, precision="fp32")
+    if mode != "train":  # which alone has fp8
+        precisions = list(dict.fromkeys("bf16" if one == "fp8" else one for one in precisions))
     if mode == "decode":  # which is never in bf16, but in the default precision
         default = set_precision(None, device)
         used = dict.fromkeys("fp32" if precision == "fp32" else default for precision in precisions)
@@ -231,7 +234,8 @@ def measure(mode, variants, args, dist):
     ):
         row["windows"].append(time_steps(workload, config, row["steps"], dist) / row["steps"])
     for row, config, workload in ready if args.profile else ():
-        row["profile"] = profile_steps(workload, config, dist)
+        three = partial(time_steps, workload, config, 3, dist)
+        row["profile"] = profile_step(three, 3, dist.device, median(row["windows"]))
     for _, _, workload in ready:
         workload.close()
     return rows
@@ -252,32 +256,6 @@ def time_steps(workload, config, steps, dist):
     return now() - start
 
 
-# Kinds of work, by what the names of their kernels or operations hold; the first that fits counts:
-KINDS = {
-    "attention": "flash|fmha|sdpa|attention|dot_do_o|convert_dq",
-    "optimizer and EMA": "adam|multi_tensor|_foreach",
-    "matrix products": "gemm|nvjet|cutlass|cublas|addmm|mkldnn_linear|::mm|::bmm|conv|scaled_mm",
-    "compiled": "triton",
-    "copies": "memcpy|memset|copy_",
-    "other": "",
-}
-
-
-def profile_steps(workload, config, dist, steps=3):
-    """Milliseconds of a step by kind of work, a dict; on a GPU also those in which it waits, "idle"."""
-    on_gpu = dist.device.type == "cuda"
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity], acc_events=True) as found:
-        seconds = time_steps(workload, config, steps, dist)
-    kinds = dict.fromkeys(KINDS, 0.0)
-    for event in found.key_averages():
-        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key.lower()))
-        kinds[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
-    if on_gpu:
-        kinds["idle"] = max(0.0, 1e3 * seconds / steps - sum(kinds.values()))
-    return kinds
-
-
 def summarize(row, first, args, dist, matmul_flops):
     """Add what a row's windows come to; first: the row that ratios are relative to."""
     row |= dict(processes=dist.world_size, steps_per_sec=None, images_per_sec=None, ratio=None)
@@ -290,7 +268,8 @@ def summarize(row, first, args, dist, matmul_flops):
     if row["flops"]:
         peak = peak_flops(dist.device, row["precision"])
         row["flops_per_sec"] = row["flops"] * dist.world_size / seconds
-        row["of_matmul"] = row["flops"] / seconds / matmul_flops[row["precision"]]
+        if row["precision"] in matmul_flops:
+            row["of_matmul"] = row["flops"] / seconds / matmul_flops[row["precision"]]
         row["of_datasheet"] = peak and row["flops"] / seconds / peak
     if row is not first and first["windows"]:  # window by window: neighbours saw the same noise
         row["ratio"] = median(a / b for a, b in zip(first["windows"], row["windows"]))
@@ -299,7 +278,8 @@ def summarize(row, first, args, dist, matmul_flops):
 def describe_machine(device, precisions):
     """Print and return what the numbers hold for."""
     rates = {precision: measure_matmul_flops(device, precision)
-             for precision in dict.fromkeys([*precisions, set_precision(None, device), "fp32"])}  # fmt: skip
+             for precision in dict.fromkeys([*precisions, set_precision(None, device), "fp32"])
+             if precision != "fp8"}  # fmt: skip
     name, threads, today = device_name(device), torch.get_num_threads(), date.today().isoformat()
     print(f"{name}, {threads} threads, torch {torch.__version__}, {today}")
     shown = ", ".join(f"{precision} {rate / 1e9:,.0f}" for precision, rate in rates.items())

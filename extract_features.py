@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from runtime.autoencoder import VAE, add_vae_argument, describe_vae, load_autoencoder, resolve_vae
 from runtime.cli import Parser, UserError, atomic_write, create_logger, int_at_least, launch, user_errors
 from runtime.distributed import add_precision_argument, init_distributed, set_precision
-from runtime.image_io import check_folder, to_float
+from runtime.image_io import check_folder
 from training.dataset import ReadableDataset, make_loader, open_dataset
 from training.latent_cache import MANIFEST
 from training.latent_statistics import SUMS, channel_sums, summarize
@@ -214,7 +214,7 @@ def encode_shards(shards, dataset, autoencoder, manifest, args, dist):
                 raise UserError(problems[0])
             if start == 0:
                 moments, shard_labels = [], []
-            images = to_float(images.to(dist.device, non_blocking=True))
+            images = images.to(dist.device, non_blocking=True)
             both = [autoencoder.moments(view) for view in (images, images.flip(-1))]
             moments.append(torch.stack(both, dim=1).half().cpu().numpy())
             shard_labels.append(labels.numpy())

@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from runtime.cli import Parser, int_at_least, launch, require_parts
@@ -61,9 +60,7 @@ class TimestepEmbedder(nn.Module):
     @staticmethod
     def timestep_embedding(t, dim, max_period=10000):
         """Sinusoidal features (N, dim) of t (N,): cosines, then sines, of geometrically spaced frequencies.
-
-        Always float32: t reaches 1000, where neighbouring steps are the same number in bfloat16.
-        """
+        Always float32: t reaches 1000, where neighbouring steps are the same number in bfloat16."""
         half = dim // 2
         ramp = torch.arange(half, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(-math.log(max_period) * ramp / half)
@@ -281,7 +278,8 @@ class PlainFinalLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """What a row of BLOCKS has, beside __init__(hidden_size, num_heads, attention, ffn) and forward(x, c)."""
+    """What a row of BLOCKS has, beside __init__(hidden_size, num_heads, attention, ffn) and forward(x, c).
+    Modulated blocks extend DiTBlock rather, whose c is (N, D)."""
 
     final_layer = PlainFinalLayer
 
@@ -386,6 +384,9 @@ BLOCKS = {
 }  # fmt: skip
 
 
+DRAW_NOTHING = {*BLOCKS.values(), *FFNS.values()}  # classes that need no random numbers
+
+
 # ---------------------------------------------------------------------------------------------
 # The model
 
@@ -444,7 +445,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         embedder = CONDITIONS[condition]
         self.y_embedder = embedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
-        # A frozen parameter rather than a buffer: the published weights and parameter counts hold it.
+        # No buffer: the published weights and parameter counts hold it.
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=pos_embed == "learned"
         )
@@ -456,8 +457,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             [BLOCKS[block](hidden_size, num_heads, attention, network) for _ in range(depth)]
         )
-        # Only a block that draws random numbers needs the same ones when it is recomputed:
-        self._has_dropout = any(isinstance(module, _DropoutNd) for module in self.blocks.modules())
+        self._may_draw = not {BLOCKS[block], FFNS[ffn]} <= DRAW_NOTHING
         self.final_layer = BLOCKS[block].final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -494,9 +494,7 @@ class DiT(nn.Module):
     def store_bfloat16(self):
         """Keep the blocks' weights, nearly all there are, in bfloat16, and run them in it: for sampling.
 
-        Embeddings, position, final layer and so the output stay float32. Twice as fast as converting the
-        weights at every step, which autocast does on a CPU; training needs the float32 ones.
-        """
+        Embeddings, position, final layer and so the output stay float32, and so do weights in training."""
         self.blocks.bfloat16()
         return self
 
@@ -517,15 +515,13 @@ class DiT(nn.Module):
         p = self.patch_size
         rows, columns = self.x_embedder.grid_size
         x = x.reshape(x.shape[0], rows, columns, p, p, self.out_channels)
-        x = torch.einsum("nhwpqc->nchpwq", x)
-        return x.reshape(x.shape[0], self.out_channels, rows * p, columns * p)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), self.out_channels, rows * p, columns * p)
 
     def forward(self, x, t, y=None, force_drop_ids=None, features_of=None):
         """Predict from x (N, C, H, W) at times t (N,) with labels y (N,): (N, 2C or C, H, W).
 
         force_drop_ids (N,): rows whose label is dropped, train.py's draws; None lets a model draw its own.
-        features_of: number of a block, from 1, whose output at the patches (N, T, D) is returned too.
-        """
+        features_of: number of a block, from 1, whose output at the patches (N, T, D) is returned too."""
         if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
             raise ValueError(
                 f"x {tuple(x.shape)}: this model takes (N, {self.in_channels}, %d, %d)" % self.input_size
@@ -541,7 +537,7 @@ class DiT(nn.Module):
         x, c_blocks = x.to(self.residual_dtype or self.block_dtype), c.to(self.block_dtype)
         for number, block in enumerate(self.blocks, start=1):
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, c_blocks, use_reentrant=False, preserve_rng_state=self._has_dropout)
+                x = checkpoint(block, x, c_blocks, use_reentrant=False, preserve_rng_state=self._may_draw)
             else:
                 x = block(x, c_blocks)
             if number == features_of:
@@ -556,8 +552,8 @@ class DiT(nn.Module):
         """Classifier-free guidance as published, on 2N rows: labels in the first half, null in the second.
 
         The noise of the first half of x is used for both. Only the first cfg_channels channels are guided,
-        as in the published samples; both halves of the result carry the guided prediction.
-        """
+        as in the published samples; both halves of the result carry the guided prediction. The commands
+        guide by diffusion/guidance.py instead."""
         cfg_channels = min(cfg_channels, self.in_channels)  # what lies beyond is the variance
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)

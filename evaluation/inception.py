@@ -139,12 +139,14 @@ class SampleFID:
     count       samples; they have the seeds 0 … count - 1, and random labels
     weights     file of the Inception network's, None for the published one
     sampling    how samples are made, plain data: what a Sampler is given as defaults
+    bfloat16    whether the models will be sampled in it
     Raises UserError for a reference or weights that cannot be used.
     """
 
     def __init__(
-        self, reference, count, *, weights=None, any_weights=False, sampling=None, dist, batch_size=64
-    ):
+        self, reference, count, *, weights=None, any_weights=False, sampling=None, bfloat16=False, dist,
+        batch_size=64,
+    ):  # fmt: skip
         self.network = load_inception(weights, dist.device, any_weights)
         check_same_weights(reference, self.network, "--fid-ref")
         self.reference = read_fid_reference(reference)
@@ -155,7 +157,7 @@ class SampleFID:
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in self.reference))
         self.settings = dict(
             reference_sha256=digest.hexdigest(), count=count, inception_sha256=self.network.sha256,
-            sampling=sampling,
+            sampling=sampling, **(dict(precision="bf16") if bfloat16 else {}),
         )  # fmt: skip
 
     def __call__(self, sampler):

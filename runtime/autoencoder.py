@@ -1,7 +1,8 @@
 """Between images and what the model sees: latents of an autoencoder (Rombach et al., 2112.10752), or pixels.
 
 Both classes have the same interface: channels and factor (how many times smaller), image_channels, encode,
-decode, and `config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]."""
+decode, and `config`, the plain dict that a checkpoint keeps. Images are float (N, C, H, W) in [-1, 1]; what
+is encoded may be uint8 too."""
 
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 
 from runtime.cli import UserError, torch_defaults, user_errors
 from runtime.distributed import uses_bfloat16
+from runtime.image_io import to_float
 
 # What --vae calls the two decoders that the paper's samples were made with, and a tiny one of their latents:
 PUBLISHED_VAES = {
@@ -40,7 +42,7 @@ class Pixels:
         """Nothing is encoded."""
 
     def encode(self, images, noise):
-        return images
+        return to_float(images)
 
     def decode(self, x):
         return x
@@ -157,12 +159,13 @@ class VAE:
         """Encode at a --precision, compiled if asked: for training, since sampling does not encode."""
         self._autocast = uses_bfloat16(precision)
         if compile:
-            self.model.encoder.compile(dynamic=False)
+            getattr(self.model, "encoder", self.model).compile(dynamic=False)
 
     @torch.no_grad()
     def moments(self, images):
         """Mean and log-variance, (N, 2 channels, H/factor, W/factor), of the posterior of each image; of a
         deterministic encoder its latents, (N, channels, H/factor, W/factor)."""
+        images = to_float(images)
         if images.is_cuda:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
@@ -176,9 +179,9 @@ class VAE:
     def sample_posterior(self, moments, noise):
         """Latents (N, channels, h, w), normalised, of what `moments` gave: drawn with this noise from
         posteriors; of a deterministic encoder they are what they are."""
-        latents = moments
+        latents = to_float(moments)
         if not self.is_deterministic:
-            mean, logvar = moments.chunk(2, dim=1)
+            mean, logvar = latents.chunk(2, dim=1)
             latents = mean + torch.exp(0.5 * logvar) * noise
         x = (latents - self.shift) * self.scale
         return x if self._std is None else (x - self._mean) / self._std

@@ -332,7 +332,7 @@ def set_precision(precision, device):
     if precision == "tf32" and not has_tf32:
         raise UserError(f"--precision tf32: {device} has none; use fp32")
     if precision == "fp8" and not has_fp8(device):
-        raise UserError(f"--precision fp8: {device} has none, which needs an H100 or newer; use bf16")
+        raise UserError(f"--precision fp8: {device} has none, as GPUs have from Ada and Hopper on; use bf16")
     precision = precision or ("tf32" if has_tf32 else "fp32")
     # What bf16 leaves in float32 may as well run on tensor cores:
     use_tf32 = precision == "tf32" or (uses_bfloat16(precision) and has_tf32)

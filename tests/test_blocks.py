@@ -115,10 +115,6 @@ def test_a_checkpointed_block_drops_the_same(monkeypatch):
         def forward(self, x):
             return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self.dropout = nn.Dropout(0.5)
-
     monkeypatch.setitem(FFNS, "dropping", Dropping)
     model, gradients = awake(ffn="dropping", class_dropout_prob=0.0).train(), []
     for model.grad_checkpointing in (False, True):

@@ -148,7 +148,7 @@ def test_sampling_keeps_to_the_gpu(fake_gpu, solver, objective, way):
         options["cfg_interval"] = (0.5, 3.0)
     sampler = Sampler(model, create_process(OBJECTIVES[objective]), autoencoder, GPU, options, guide)
     images = sampler.sample([1, 2, 3])
-    assert images.shape == (3, 4, 8, 8) if way == "pixels" else (3, 3, 16, 16)
+    assert images.shape == ((3, 4, 8, 8) if way == "pixels" else (3, 3, 16, 16))
 
 
 EVERYTHING = "--precision bf16 --residual-dtype bf16 --grad-checkpointing --grad-accum-steps 2 --clip-grad 1"

@@ -70,7 +70,7 @@ def test_what_is_in_it(source, cache):
         moments, label = dataset[(index, mirrored)]
         image, expected = images[(index, mirrored)]
         assert label == expected and moments.shape == (8, 4, 4)
-        torch.testing.assert_close(moments, vae.moments(image[None])[0], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(moments.float(), vae.moments(image[None])[0], atol=2e-3, rtol=2e-3)
     manifest = json.loads((cache / MANIFEST).read_text())
     latents = torch.cat([
         vae.encode(images[(i, False)][0].expand(50, -1, -1, -1), torch.randn(50, 4, 4, 4)) for i in range(20)
@@ -162,12 +162,12 @@ def test_training_on_the_cache_is_training_on_the_images(source, cache, tmp_path
 def test_every_draw_is_fresh(source, cache):
     """Over many draws, latents have the mean and variance that the cache holds."""
     vae, dataset = load_autoencoder(str(source / "vae"), "cpu"), LatentCache(str(cache))
-    moments = dataset[(5, False)][0]
+    moments = dataset[(5, False)][0].float()
     draws = vae.sample_posterior(moments.expand(4000, -1, -1, -1), torch.randn(4000, 4, 4, 4)) / vae.scale
     mean, logvar = moments.chunk(2)
     torch.testing.assert_close(draws.mean(0), mean, atol=0.08, rtol=0)
     torch.testing.assert_close(draws.var(0), logvar.exp(), atol=0, rtol=0.2)
-    assert not torch.equal(dataset[(5, True)][0], moments)  # the mirror image is another
+    assert not torch.equal(dataset[(5, True)][0].float(), moments)  # the mirror image is another
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from checkpointing import files as checkpoints
 from runtime.autoencoder import AUTOENCODERS, Architecture, load_autoencoder
 from runtime.cli import UserError, launch
 from runtime.distributed import ALONE
+from runtime.image_io import to_float
 from sampler import Sampler
 from training import latent_statistics
 from training.dataset import ReadableDataset, open_dataset
@@ -55,7 +56,7 @@ def source(tmp_path_factory):
 
 def stack(dataset, rows):
     """Some images of a data set, (N, C, H, W) in [-1, 1]."""
-    return torch.stack([dataset[(i, False)][0] for i in rows])
+    return to_float(torch.stack([dataset[(i, False)][0] for i in rows]))
 
 
 def extraction(source, name, folder):
@@ -90,7 +91,8 @@ def read_statistics(folder):
 def all_latents(source, name, draws=40):
     """Latents of a cache as the model sees them without statistics: (N, 4, h, w), several draws of each."""
     dataset, vae = LatentCache(str(source / f"{name}-features")), load_autoencoder(str(source / name), "cpu")
-    rows = torch.stack([dataset[(i, mirrored)][0] for i in range(COUNT) for mirrored in (False, True)])
+    rows = [dataset[(i, mirrored)][0] for i in range(COUNT) for mirrored in (False, True)]
+    rows = to_float(torch.stack(rows))
     rows = rows.repeat(1 if vae.is_deterministic else draws, 1, 1, 1)
     return vae.sample_posterior(rows, torch.randn(len(rows), 4, 4, 4))
 
@@ -106,7 +108,7 @@ def test_the_cache_of_a_deterministic_encoder(source):
         (latents, label), expected = dataset[key], images[key][1]
         assert label == expected and latents.shape == (4, 4, 4)
         moments = tiny.moments(stack(images, [key[0]]).flip(-1) if key[1] else stack(images, [key[0]]))
-        torch.testing.assert_close(latents, moments[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(latents.float(), moments[0], atol=1e-3, rtol=1e-3)
     shards = {name: np.load(source / f"{name}-features" / f"{kind}-00000.npy")
               for name, kind in (("kl", "moments"), ("tiny", "latents"))}  # fmt: skip
     assert shards["tiny"].shape == (2, 2, 4, 4, 4) and 2 * shards["tiny"].nbytes == shards["kl"].nbytes

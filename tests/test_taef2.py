@@ -19,6 +19,7 @@ import sample
 import sample_ddp
 from evaluate import frechet_distance
 from runtime.autoencoder import load_autoencoder
+from runtime.image_io import to_float
 from sampler import Sampler
 from training.dataset import open_dataset
 from training.latent_cache import MANIFEST, LatentCache
@@ -98,7 +99,8 @@ def test_statistics_of_its_channels(folder, cache):
     normalised = load_autoencoder(str(folder / "vae"), "cpu")
     normalised.normalize_channels(found["channel_mean"], found["channel_std"])
     dataset = LatentCache(str(cache))
-    rows = torch.stack([dataset[(i, mirrored)][0] for i in range(COUNT) for mirrored in (False, True)])
+    rows = [dataset[(i, mirrored)][0] for i in range(COUNT) for mirrored in (False, True)]
+    rows = to_float(torch.stack(rows))
     z = normalised.sample_posterior(rows, None).transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(32), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std(1), torch.ones(32), atol=1e-3, rtol=0)

@@ -160,7 +160,7 @@ def test_fp8_rounds_the_blocks_large_layers_alone():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--precision", "fp8"], "--precision fp8: cpu has none, which needs an H100 or newer; use bf16"),
+    (["--precision", "fp8"], "--precision fp8: cpu has none, as GPUs have from Ada and Hopper on; use bf16"),
     (["--residual-dtype", "bf16"], "--residual-dtype bf16: --precision is fp32; give --precision bf16 too"),
 ])  # fmt: skip
 def test_precisions_that_cannot_be(tmp_path, argv, message):

