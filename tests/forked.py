@@ -83,3 +83,32 @@ def wait_for_step(folder, step, processes, timeout=60):
             return
         time.sleep(0.001)
     raise TimeoutError(f"step {step} was not reached")
+
+
+def run(folder, *argv, runs=None, expect=0, **options):
+    """Run train.py into a folder, check its exit code, and return the run's folder and what it printed.
+
+    runs: start, the default, or start_two."""
+    folder.mkdir(exist_ok=True)
+    processes = (runs or start)([*argv, "--results-dir", folder], folder / "out", **options)
+    codes = finish(*(processes if isinstance(processes, list) else [processes]))
+    printed = "".join(path.read_text() for path in sorted(folder.glob("out*")))
+    assert set(codes) == {expect}, printed[-3000:]
+    return folder / "000-DiT-S-2", printed
+
+
+def losses(folder, name="loss"):
+    """What train.py logged by this name, step by step."""
+    return [row[name] for row in rows(folder) if name in row]
+
+
+def at_once(work, count=2):
+    """Call work(index, wait) in forked processes; wait() lets them go on together. Their exit codes."""
+    context = multiprocessing.get_context("fork")
+    wait = context.Barrier(count, timeout=20).wait
+    processes = [context.Process(target=work, args=(index, wait)) for index in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_data import write_image
+from images import write_image
 
 from evaluation.features import SmallCNN
 from experiments.classifier import save as save_classifier

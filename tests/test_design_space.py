@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny, load_rule_weights
+from images import write_image
+from in_process import SMALL, run
 from PIL import Image
-from test_data import write_image
-from test_train import SMALL, run
 
 import checkpoint
 import sample

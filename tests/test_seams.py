@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import build_tiny
-from test_train import SMALL, run
+from in_process import SMALL, run
 
 import sample
 from checkpointing import files as checkpoints

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from forked import start_two
-from test_training_options import QUICK, losses, run
+from forked import losses, run, start_two
+from in_process import QUICK
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from closed_forms import MEAN, SCHEDULE, STD, final_std, ideal_model
 from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults, rule_input
 
 from diffusion import Guidance, create_diffusion, create_flow, create_process
@@ -16,20 +17,6 @@ from diffusion.diffusion_utils import (
 )
 from diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from diffusion.timestep_sampler import LossSecondMomentResampler, create_named_schedule_sampler
-
-MEAN, STD = 0.7, 0.5  # of the Gaussian data whose best possible model is known
-
-
-def ideal_model(diffusion, mean=MEAN, std=STD):
-    """The noise that is best predicted for data N(mean, std²), as a function of x and the original step."""
-    a_bar = torch.from_numpy(np.cumprod(1 - diffusion.original_betas))
-
-    def model(x, t, **kwargs):
-        a = a_bar[t].view(-1, *[1] * (x.ndim - 1))
-        mu = kwargs["mean"] if "mean" in kwargs else mean
-        return ((1 - a).sqrt() * (x - a.sqrt() * mu) / (a * std**2 + 1 - a)).float()
-
-    return model
 
 
 @pytest.mark.parametrize("dtype, device", OTHER_DEFAULTS)
@@ -87,28 +74,6 @@ def test_loss_of_a_zero_network():
     terms = diffusion.training_losses(lambda x, t: torch.zeros_like(x), torch.randn(64, 4, 32, 32))
     assert set(terms) == {"loss", "mse"}
     assert terms["mse"].mean().item() == pytest.approx(1, abs=0.01)
-
-
-def final_std(diffusion, loop, **options):
-    """The standard deviation of a sampler's output for the ideal model, exactly.
-
-    The sampler is then linear in its starting point and in every noise: each row of the batch moves one of
-    them by 1, and the squares of what comes out add up."""
-    steps = diffusion.num_timesteps
-    start, draws = torch.zeros(steps + 2, 1, 1, 1), []
-    start[1] = 1
-
-    def randn_like(x):
-        noise = torch.zeros_like(x)
-        noise[2 + len(draws)] = 1
-        draws.append(x)
-        return noise
-
-    out = getattr(diffusion, loop)(
-        ideal_model(diffusion), start.shape, start, clip_denoised=False, randn_like=randn_like, **options
-    )
-    assert len(draws) == steps  # one draw a step, also where it is not used
-    return (out[1:] - out[0]).square().sum().sqrt().item()
 
 
 @pytest.mark.parametrize("steps, expected", [(5, 0.22504), (10, 0.36161), (20, 0.43045), (50, 0.47192)])
@@ -251,14 +216,6 @@ def test_utils():
 
 # ---------------------------------------------------------------------------------------------
 # diffusers' schedulers as peers
-
-SCHEDULE = dict(
-    num_train_timesteps=1000,
-    beta_start=1e-4,
-    beta_end=0.02,
-    beta_schedule="linear",
-    prediction_type="epsilon",
-)
 
 
 @pytest.mark.parametrize("steps", [10, 50])

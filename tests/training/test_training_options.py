@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_rule_weights
-from forked import finish, rows, start, start_two, wait_for_step
+from forked import finish, losses, rows, run, start_two, wait_for_step
+from images import write_image
+from in_process import QUICK, SMALL
 from PIL import Image, ImageSequence
-from test_data import write_image
-from test_train import SMALL
 
 import checkpoint
 from checkpointing import files as checkpoints
@@ -26,23 +26,6 @@ from models import DiT, DiT_models
 from runtime.image_io import save_gif, save_grid
 from sampler import Sampler
 from training.dataset import hold_out, open_dataset
-
-QUICK = [*SMALL, "--max-steps", 12, "--sample-every", 0]
-
-
-def run(folder, *argv, runs=None, expect=0, **options):
-    """Run train.py into a folder, check its exit code, and return the run's folder and what it printed."""
-    folder.mkdir(exist_ok=True)
-    argv = [*argv, "--results-dir", folder]
-    processes = runs(argv, folder / "out", **options) if runs else [start(argv, folder / "out", **options)]
-    codes = finish(*processes)
-    printed = "".join(path.read_text() for path in sorted(folder.glob("out*")))
-    assert set(codes) == {expect}, printed[-3000:]
-    return folder / "000-DiT-S-2", printed
-
-
-def losses(folder, name="loss"):
-    return [row[name] for row in rows(folder) if name in row]
 
 
 def weights(folder, step=12, which="raw"):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from forked import at_once
 
 from runtime import cli, distributed
 from runtime.cli import (
@@ -34,18 +34,6 @@ def test_two_processes_together():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rank 0 is content" in done.stdout and "rank 1 is content" in done.stdout
-
-
-def at_once(work, count=2):
-    """Call work(index, wait) in forked processes; wait() lets them go on together. Their exit codes."""
-    context = multiprocessing.get_context("fork")
-    wait = context.Barrier(count, timeout=20).wait
-    processes = [context.Process(target=work, args=(index, wait)) for index in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
 
 
 def test_two_processes_write_one_file_at_once(tmp_path):

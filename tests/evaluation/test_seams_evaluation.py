@@ -1,16 +1,22 @@
 """Networks of evaluate.py --features: a toy one added from outside, and the project's own."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_evaluate import pictures, record_of, refuse, run
+from images import pictures
+from in_process import assert_refused, command, record_of
 
+import evaluate
 from evaluate import frechet_distance, kernel_distance
 from evaluation import features
 from evaluation.features import FEATURES, Classifier, FeatureNetwork, features_of
 from evaluation.metrics import mean_and_covariance
 from experiments import classifier
+
+run, refuse = partial(command, evaluate), partial(assert_refused, evaluate)
 
 
 # What somebody adds in a file of their own:

@@ -15,6 +15,7 @@ import PIL
 import pytest
 import torch
 from forked import finish, start_two
+from images import write_image
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -36,13 +37,6 @@ from training.dataset import (
 )
 
 CROPS = ["375x500", "768x1024", "300x90", "256x257", "70x64"]
-
-
-def write_image(path, size=(20, 16), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
 
 
 @pytest.fixture

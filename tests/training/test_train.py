@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
+from forked import losses
+from images import write_image
+from in_process import SMALL, run
+from networks import save_vae
 from PIL import Image
-from test_autoencoder import save_vae
-from test_data import write_image
 
 import sample_ddp
 import train
@@ -31,22 +33,6 @@ from training.dataset import DistributedBatchSampler
 from training.resolve import resolve
 from training.run_dir import Experiment
 
-# A model and sampler small enough to test with:
-SMALL = (
-    "--dataset digits --image-size 8 --vae none --depth 1 --hidden-size 32 --num-heads 2 --model DiT-S/2"
-    " --num-workers 0 --global-batch-size 16 --lr 1e-3 --num-sampling-steps 3 --cfg-scale 1.5 --log-every 1"
-).split()
-
-
-def run(*argv):
-    parser = train.build_parser()
-    original, sys.argv = sys.argv, ["train.py", *map(str, argv)]
-    try:
-        parser.prog = "train.py"
-        launch(train.main, parser)
-    finally:
-        sys.argv = original
-
 
 def torchrun(processes, folder, *argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -55,10 +41,6 @@ def torchrun(processes, folder, *argv):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def metrics(folder, name="loss"):
-    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +80,8 @@ def test_run_folder(finished):
     log = (finished / "log.txt").read_text()
     assert re.search(r"\(step=0000012\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d{2}, ", log)
     assert "Done!" in log and "Dataset contains 1,797 images" in log
-    losses = metrics(finished)
-    assert len(losses) == 12 and losses[0] == pytest.approx(1, abs=0.15)  # a new model predicts no noise
+    logged = losses(finished)
+    assert len(logged) == 12 and logged[0] == pytest.approx(1, abs=0.15)  # a new model predicts no noise
     with Image.open(finished / "samples" / "0000012.png") as picture:
         assert picture.size == (662, 662)  # ten classes, ten each, 64 pixels and a border
 
@@ -197,7 +179,7 @@ def test_two_processes_train_as_one(tmp_path):
     torchrun(2, tmp_path, *argv, tmp_path / "two")  # saving asserts that the ranks agree
     one, two = (tmp_path / name / "000-DiT-S-2" for name in ("one", "two"))
     for name in ("loss", "mse", "vb"):
-        np.testing.assert_allclose(metrics(two, name), metrics(one, name), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(losses(two, name), losses(one, name), rtol=1e-4, atol=1e-4)
     weights = [
         checkpoints.load(folder / "checkpoints" / "0000030.pt").state_dict("raw") for folder in (one, two)
     ]

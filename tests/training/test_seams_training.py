@@ -4,11 +4,12 @@ import json
 import os
 import signal
 
+import forked
 import numpy as np
 import pytest
 import torch
-from forked import finish, rows, start, start_two
-from test_train import SMALL
+from forked import rows, start, start_two
+from in_process import SMALL
 
 from checkpointing import files as checkpoints
 
@@ -67,14 +68,8 @@ def stop_before_the_last_save():
     Run.save = killed
 
 
-def run(folder, *argv, runs=start, before=None, expect=0):
-    """Run train.py into a folder; returns that of the run."""
-    folder.mkdir(exist_ok=True)
-    processes = runs([*ARGV, *argv, "--results-dir", folder], folder / "out", before=before)
-    codes = finish(*(processes if isinstance(processes, list) else [processes]))
-    printed = "".join(path.read_text() for path in sorted(folder.glob("out*")))
-    assert set(codes) == {expect}, printed[-3000:]
-    return folder / "000-DiT-S-2"
+def run(folder, *argv, **options):
+    return forked.run(folder, *ARGV, *argv, **options)[0]
 
 
 def load(folder, step=6):

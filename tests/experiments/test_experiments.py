@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 from conftest import build_tiny, load_rule_weights
-from test_autoencoder import save_tiny
-from test_data import write_image
-from test_latent_statistics import command, stack
-from test_train import SMALL, run
+from images import stack, write_image
+from in_process import SMALL, command, run
+from networks import save_tiny
 
 import extract_features
 from experiments import digits, latents, neighbours, samplers, variants

@@ -6,8 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from closed_forms import (
+    MEAN,
+    SCHEDULE,
+    STD,
+    assert_errors_stay_small,
+    final_std,
+    ideal_model,
+    slope_and_offset,
+)
 from conftest import rule_input
-from test_diffusion import MEAN, SCHEDULE, STD, final_std, ideal_model
 
 from diffusion import Guidance, create_diffusion
 from diffusion.solvers import SOLVERS, Point
@@ -15,12 +23,6 @@ from diffusion.solvers import SOLVERS, Point
 SAMPLERS = create_diffusion(None).samplers
 SOLVED = [name for name in SAMPLERS if name not in ("ddpm", "ddim")]
 ODES = [name for name, solver in SOLVERS.items() if not solver.stochastic]
-
-
-def slope_and_offset(sample):
-    """A deterministic sampler of the ideal model is x -> slope x + offset, known by what 0 and 1 become."""
-    out = sample(torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)).flatten()
-    return (out[1] - out[0]).item(), out[0].item()
 
 
 def exact_prediction(x, point):
@@ -121,45 +123,6 @@ def test_the_mean_is_found(solver):
 
 # ---------------------------------------------------------------------------------------------
 # Predictions that are off by one per cent, as all trained ones are
-
-ROWS = 2000  # of each kind
-
-
-def sample_with_errors(process, ideal, sampler, steps, **options):
-    """Mean and deviation of one-pixel samples by a perfect predictor, by one with noise of 1 % added, and by
-    one that is 1 % too large and too small in turn, from the same noise: a list of three pairs."""
-    generator, calls = torch.Generator().manual_seed(0), 0
-
-    def randn_like(x):
-        return torch.randn(ROWS, 1, 1, 1, generator=generator).repeat(3, 1, 1, 1)
-
-    def model(x, t):
-        nonlocal calls
-        calls += 1
-        out = ideal(x, t)
-        perfect, noisy, scaled = out.chunk(3)
-        error = 0.01 * noisy.square().mean().sqrt() * torch.randn(noisy.shape, generator=generator)
-        return torch.cat([perfect, noisy + error, scaled * (1.01 if calls % 2 else 0.99)])
-
-    z = torch.randn(ROWS, 1, 1, 1, generator=generator)
-    z = ((z - z.mean()) / z.std()).repeat(3, 1, 1, 1)
-    out = process.sample(model, z, sampler=sampler, steps=steps, randn_like=randn_like, **options)
-    return [(rows.mean().item(), rows.std().item()) for rows in out.chunk(3)]
-
-
-def assert_errors_stay_small(process, ideal, far, alike=0.06):
-    """By every sampler, with 10, 25 and 50 steps, clipped or not, independent errors of 1 % change the mean
-    and the deviation of samples by at most 0.01, 2 % of the data's deviation. Where all rows are off alike,
-    the deviation may change by `alike`: a first step to ten times the signal multiplies errors of predicted
-    noise by ten. At 50 steps the deviation is the data's within `far`, the error of the slowest sampler."""
-    for sampler in process.samplers:
-        for steps, clip in ((10, False), (25, False), (25, True), (50, False)):
-            perfect, noisy, scaled = sample_with_errors(process, ideal, sampler, steps, clip_denoised=clip)
-            where = f"{process.config}, {sampler}, {steps} steps, clip {clip}: {perfect} {noisy} {scaled}"
-            assert abs(noisy[0] - perfect[0]) < 0.01 and abs(noisy[1] - perfect[1]) < 0.01, where
-            assert abs(scaled[0] - perfect[0]) < 0.01 and abs(scaled[1] - perfect[1]) < alike, where
-            if steps == 50:
-                assert abs(noisy[0] - MEAN) < 0.03 and abs(noisy[1] - STD) < far, where
 
 
 @pytest.mark.parametrize("predict_xstart", [False, True])

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import finish, rows, start, start_two
-from test_autoencoder import save_vae
-from test_data import write_image
-from test_train import run
+from images import write_image
+from in_process import run
+from networks import save_vae
 
 import checkpoint
 import extract_features

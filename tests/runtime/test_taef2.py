@@ -11,8 +11,9 @@ import pytest
 import taef2
 import torch
 from conftest import ROOT
-from test_latent_statistics import command, stack
-from test_train import metrics, run
+from forked import losses
+from images import stack
+from in_process import command, run
 
 import extract_features
 import sample
@@ -115,7 +116,7 @@ def test_training_and_sampling(folder, cache, tmp_path, monkeypatch):
         "--num-sampling-steps", 15, "--cfg-scale", 1)  # fmt: skip
     # Of a flow to independent Gaussians of mean 0 and variance 1, which knowing no more than that of every
     # channel comes to, the best velocity misses by the mean of 1 / (t^2 + (1 - t)^2), pi / 2:
-    assert metrics(Path("results/000-DiT-S-2"))[-1] < math.pi / 2 - 0.05
+    assert losses(Path("results/000-DiT-S-2"))[-1] < math.pi / 2 - 0.05
     ckpt = "results/000-DiT-S-2/checkpoints/0000500.pt"
     command(sample, "--ckpt", ckpt, "--class-labels", "dress", "pants")
     command(sample_ddp, "--ckpt", ckpt, "--num-fid-samples", 20, "--sample-dir", "samples")

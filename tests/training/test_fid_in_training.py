@@ -6,13 +6,15 @@ import os
 import re
 import signal
 
+import forked
+import in_process
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from forked import finish, rows, start, start_two, wait_for_step
+from in_process import SMALL
 from networks import Tiny, use_tiny
-from test_train import SMALL
 
 from checkpointing import files as checkpoints
 from evaluation import inception
@@ -33,15 +35,8 @@ def reference(tmp_path_factory):
     return path
 
 
-def run(folder, reference, *argv, runs=None, before=use_tiny, expect=0):
-    argv = [*ARGV, "--fid-ref", reference, "--results-dir", folder, *argv]
-    processes = (
-        runs(argv, folder / "out", before=before) if runs else [start(argv, folder / "out", before=before)]
-    )
-    codes = finish(*processes)
-    printed = "".join(path.read_text() for path in sorted(folder.glob("out*")))
-    assert set(codes) == {expect}, printed[-3000:]
-    return folder / "000-DiT-S-2", printed
+def run(folder, reference, *argv, before=use_tiny, **options):
+    return forked.run(folder, *ARGV, "--fid-ref", reference, *argv, before=before, **options)
 
 
 def fids(folder):
@@ -142,8 +137,6 @@ def test_a_fid_is_cut_off(straight, tmp_path, reference):
 
 
 def test_what_is_refused(tmp_path, reference, monkeypatch, capsys, straight):
-    import test_train
-
     monkeypatch.setattr(inception.Inception, "sizes", Tiny.sizes)
     monkeypatch.setattr("training.resolve.open_training_data", lambda *_: pytest.fail("work was begun"))
     np.savez(tmp_path / "images.npz", np.zeros((5, 8, 8, 3), np.uint8))
@@ -159,7 +152,7 @@ def test_what_is_refused(tmp_path, reference, monkeypatch, capsys, straight):
         (["--inception-weights", "x"], "--inception-weights: only --fid-ref needs the Inception network"),
     ):
         with pytest.raises(SystemExit):
-            test_train.run(*ARGV, *argv, "--results-dir", tmp_path / "results")
+            in_process.run(*ARGV, *argv, "--results-dir", tmp_path / "results")
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "results").exists()
@@ -167,6 +160,6 @@ def test_what_is_refused(tmp_path, reference, monkeypatch, capsys, straight):
     monkeypatch.undo()
     best = straight[0] / "checkpoints" / "best.pt"
     with pytest.raises(SystemExit):
-        test_train.run(*ARGV, "--results-dir", tmp_path, "--resume", best)
+        in_process.run(*ARGV, "--results-dir", tmp_path, "--resume", best)
     assert "best.pt: holds averaged weights alone; give a numbered checkpoint" in capsys.readouterr().err
     assert json.loads((straight[0] / "args.json").read_text())["fid_samples"] == 70

@@ -19,7 +19,6 @@ import torch
 from conftest import ROOT, build_tiny, load_rule_weights
 from filelock import FileLock
 from PIL import Image
-from test_runtime import at_once
 
 import sample
 import sample_ddp
@@ -525,7 +524,7 @@ def test_two_runs_that_start_at_once(ckpt, tmp_path, capsys):
                 outcomes.put(str(error).removeprefix(folder))
             wait()
 
-    assert at_once(begin) == [0, 0]
+    assert forked.at_once(begin) == [0, 0]
     found = [outcomes.get() for _ in range(40)]
     busy = ": another run is writing there; wait for it, or give another --sample-dir"
     assert sorted(found) == [busy] * 20 + ["began"] * 20

@@ -4,16 +4,15 @@ in training, on a cache or on images, and back in sampling."""
 import json
 import os
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from forked import finish, start_two
-from test_autoencoder import save_tiny, save_vae
-from test_data import write_image
-from test_train import metrics, run
+from forked import finish, losses, start_two
+from images import stack, write_image
+from in_process import command, run
+from networks import save_tiny, save_vae
 
 import checkpoint
 import extract_features
@@ -21,7 +20,7 @@ import sample
 import sample_ddp
 from checkpointing import files as checkpoints
 from runtime.autoencoder import AUTOENCODERS, Architecture, load_autoencoder
-from runtime.cli import UserError, launch
+from runtime.cli import UserError
 from runtime.distributed import ALONE
 from runtime.image_io import to_float
 from sampler import Sampler
@@ -34,14 +33,6 @@ COUNT = 70  # images, in shards of two
 SAVE = dict(kl=save_vae, tiny=save_tiny)
 
 
-def command(module, *argv):
-    original, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, argv)]
-    try:
-        launch(module.main, module.build_parser())
-    finally:
-        sys.argv = original
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Images of two classes, a VAE and a deterministic autoencoder, and the cache of each."""
@@ -52,11 +43,6 @@ def source(tmp_path_factory):
         save(root / name, scaling_factor=0.5, shift_factor=0.25)
         command(extract_features, *extraction(root, name, root / f"{name}-features"))
     return root
-
-
-def stack(dataset, rows):
-    """Some images of a data set, (N, C, H, W) in [-1, 1]."""
-    return to_float(torch.stack([dataset[(i, False)][0] for i in rows]))
 
 
 def extraction(source, name, folder):
@@ -153,8 +139,8 @@ def test_channels_are_normalised_in_training_and_back_in_sampling(source, tmp_pa
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
     # Before anything is learned the loss does not depend on the latents:
     run(*training(tmp_path, "--feature-path", source / "tiny-features"))
-    plain = metrics(tmp_path / "results" / "001-DiT-S-2")
-    assert metrics(tmp_path / "results" / "000-DiT-S-2")[2] != plain[2]
+    plain = losses(tmp_path / "results" / "001-DiT-S-2")
+    assert losses(tmp_path / "results" / "000-DiT-S-2")[2] != plain[2]
     assert "channel_std" not in config_of(tmp_path, number=1)[0]
 
     # Every command samples by them, and they leave with an export:
@@ -175,7 +161,7 @@ def test_channels_are_normalised_in_training_and_back_in_sampling(source, tmp_pa
 def test_images_give_the_losses_of_the_cache(source, tmp_path, name):
     run(*training(tmp_path, "--feature-path", source / f"{name}-features"))
     run(*training(tmp_path, "--data-path", source / "images", "--vae", source / name))
-    cached, online = (metrics(tmp_path / "results" / f"{i:03d}-DiT-S-2") for i in range(2))
+    cached, online = (losses(tmp_path / "results" / f"{i:03d}-DiT-S-2") for i in range(2))
     np.testing.assert_allclose(online, cached, rtol=2e-3)  # half precision
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults
-from test_autoencoder import save_tiny, save_vae
+from networks import save_tiny, save_vae
 
 import checkpoint
 from checkpointing import files as checkpoints

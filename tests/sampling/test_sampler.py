@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import OTHER_DEFAULTS, build_tiny, load_rule_weights, other_defaults
+from networks import save_vae
 from PIL import Image
-from test_autoencoder import save_vae
 
 import sample
 from checkpointing import files as checkpoints

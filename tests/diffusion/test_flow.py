@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from closed_forms import MEAN, STD, assert_errors_stay_small, slope_and_offset
 from conftest import assert_golden, rule_input
-from test_diffusion import MEAN, STD
-from test_solvers import assert_errors_stay_small, slope_and_offset
 
 from diffusion import Guidance, create_flow, create_process
 from diffusion.flow_matching import PATHS, PREDICTIONS

@@ -3,40 +3,28 @@
 import json
 import os
 import resource
-import sys
 import zipfile
+from functools import partial
 
 import forked
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from images import pictures, write_image
+from in_process import assert_refused, command, record_of
 from networks import Tiny, use_tiny, write_random_weights
 from PIL import Image
-from test_data import write_image
 
 import evaluate
 from evaluation import inception
 from evaluation.image_reader import ImageFolderReader, NpzReader
 from evaluation.inception import load_inception
 from evaluation.statistics import compute_features, share_of
-from runtime.cli import UserError, launch
+from runtime.cli import UserError
 from runtime.distributed import ALONE, Distributed
 
-
-def pictures(n, height=16, width=16, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
-
-
-def run(*argv):
-    """evaluate.py argv in this process."""
-    parser = evaluate.build_parser()
-    parser.prog = "evaluate.py"
-    original, sys.argv = sys.argv, ["evaluate.py", *map(str, argv)]
-    try:
-        launch(evaluate.main, parser)
-    finally:
-        sys.argv = original
+run, refuse = partial(command, evaluate), partial(assert_refused, evaluate)
 
 
 @pytest.fixture
@@ -342,10 +330,6 @@ def test_what_is_printed_and_recorded(numbers, weights):
 # The command, with a tiny network
 
 
-def record_of(samples):
-    return json.loads((samples.parent / f"{samples.stem}.evaluation.json").read_text())
-
-
 def test_saved_statistics_stand_for_the_images(tiny, tmp_path, capsys):
     folder, samples, reference = tmp_path / "real", tmp_path / "samples.npz", tmp_path / "ref.npz"
     for i in range(30):
@@ -400,14 +384,6 @@ def test_names_and_warnings(tiny, tmp_path, capsys):
     run(samples, samples, "--out", tmp_path / "self.json")
     found = json.loads((tmp_path / "self.json").read_text())["metrics"]
     assert found["FID"] == pytest.approx(0, abs=1e-9) and found["Precision"] == found["Recall"] == 1
-
-
-def refuse(capsys, message, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        run(*argv)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert exit_.value.code == 2 and error.startswith("evaluate.py: error: ") and message in error, error
 
 
 def test_bad_input_is_refused_before_any_work(tmp_path, capsys, monkeypatch):

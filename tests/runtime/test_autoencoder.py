@@ -4,53 +4,13 @@ import json
 
 import pytest
 import torch
+from networks import save_dc, save_tiny, save_vae
 
 import runtime.autoencoder
 from runtime.autoencoder import SD_SCALE, VAE, Pixels, describe_vae, load_autoencoder, resolve_vae
 from runtime.cli import UserError
 
 CPU = torch.device("cpu")
-
-
-def save_vae(folder, **options):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    defaults = dict(
-        block_out_channels=[8, 8, 16], down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
-    )  # fmt: skip
-    AutoencoderKL(**{**defaults, **options}).save_pretrained(folder)
-    return str(folder)
-
-
-def save_tiny(folder, **options):
-    """A deterministic autoencoder of random weights: 4 channels and factor 4, or as the options say."""
-    from diffusers import AutoencoderTiny
-
-    torch.manual_seed(0)
-    defaults = dict(
-        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
-    )  # fmt: skip
-    AutoencoderTiny(**{**defaults, **options}).save_pretrained(folder)
-    return str(folder)
-
-
-def save_dc(folder, **options):
-    """Another one, of 8 channels and factor 8."""
-    from diffusers import AutoencoderDC
-
-    torch.manual_seed(0)
-    per_coder = dict(block_types="ResBlock", block_out_channels=(8, 8, 16, 16), layers_per_block=(1, 1, 1, 1))
-    options = {
-        f"{coder}_{name}": value for coder in ("encoder", "decoder") for name, value in per_coder.items()
-    }
-    AutoencoderDC(
-        **options, latent_channels=8, encoder_qkv_multiscales=((),) * 4, decoder_qkv_multiscales=((),) * 4,
-        scaling_factor=0.25,
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
 
 
 def test_large_images_pass_in_parts(tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import ROOT
 from forked import finish, rows, start, start_two, wait_for_step
-from test_data import write_image
-from test_train import SMALL, run
+from images import write_image
+from in_process import SMALL, run
 
 import train
 import training.run_dir
