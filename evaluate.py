@@ -54,7 +54,7 @@ from evaluation.statistics import (
     read_statistics,
     share_of,
 )
-from runtime.cli import Parser, UserError, atomic_write, int_at_least, launch, user_errors
+from runtime.cli import Parser, UserError, atomic_write, int_at_least, launch, require_parts, user_errors
 from runtime.distributed import init_distributed
 
 __all__ = ["frechet_distance", "inception_score", "kernel_distance", "precision_recall"]
@@ -162,8 +162,11 @@ def open_network(args):
         if value:
             raise UserError(f"{flag}: of --features inception, not {args.features}; leave it out")
     network = FEATURES[args.features](args.feature_weights)
-    if missing := network.missing():
-        raise UserError(f"--features {args.features}: {type(network).__name__} lacks {', '.join(missing)}")
+    parts = ["name", "sizes", "sha256", "extract", *(["logits"] if "is" in network.metrics else [])]
+    require_parts(f"--features {args.features}", network, *parts)
+    if "sfid" in network.metrics and "spatial" not in network.sizes:
+        name = type(network).__name__
+        raise UserError(f"--features {args.features}: {name} lacks sizes of spatial features, for sfid")
     return network
 
 

@@ -36,14 +36,6 @@ class FeatureNetwork:
         if weights is not None:
             raise UserError(f"--feature-weights {weights}: --features {self.name} takes none; leave it out")
 
-    def missing(self):
-        """What of the above is not there, in order."""
-        needed = ["name", "sizes", "sha256", "extract", *(["logits"] if "is" in self.metrics else [])]
-        found = [name for name in needed if not hasattr(self, name)]
-        if "sfid" in self.metrics and "spatial" not in getattr(self, "sizes", {}):
-            found.append("sizes of spatial features")
-        return found
-
     def load(self, device):
         """The network on a device, ready to be called."""
         self.device = torch.device(device)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import inspect
 import logging
 import math
 import os
@@ -38,13 +39,17 @@ def user_errors(subject, message="", errors=ValueError):
 
 
 def require_parts(what, row, *names):
-    """Raise ValueError for a class in a dict of choices that lacks any of these methods and attributes.
-    what: the choice, as "block 'toy'"."""
-    nothing = (None, torch.nn.Module.forward)  # which raises, for a subclass to replace
-    missing = [name for name in names if getattr(row, name, None) in nothing]
+    """Raise UserError for a row of a dict of choices, or what it made, that lacks any of these methods and
+    attributes. what: the choice, as "block 'toy'"."""
+    # Methods of torch's that raise, for a subclass to replace:
+    raising = (torch.nn.Module.forward, torch.optim.Optimizer.step, torch.utils.data.Dataset.__getitem__)
+    nothing = [None, *map(inspect.unwrap, raising)]
+    found = {name: inspect.unwrap(inspect.getattr_static(row, name, None)) for name in names}
+    missing = [name for name, value in found.items() if any(value is other for other in nothing)]
     missing += sorted(getattr(row, "__abstractmethods__", ()))
     if missing:
-        raise ValueError(f"{what}: {getattr(row, '__name__', row)} lacks {', '.join(missing)}")
+        name = getattr(row, "__name__", type(row).__name__)
+        raise UserError(f"{what}: {name} lacks {', '.join(missing)}; docs/design-space.md says what it needs")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from runtime.cli import UserError, user_errors
+from runtime.cli import UserError, require_parts, user_errors
 from runtime.distributed import ALONE, HOLD_OUT, ORDER, generator_for
 from runtime.image_io import (
     IMG_EXTENSIONS,
@@ -59,16 +59,6 @@ class ImageDataset(Dataset):
 
     def keep_in_memory(self):
         """Keep what is read from now on, where reading takes time: --cache-images."""
-
-    def missing(self):
-        """The names above that this class has not, in order."""
-        names = ("__len__", "__getitem__", "channels", "image_size", "classes", "flips", "fingerprint")
-        cls = type(self)
-        return [
-            name
-            for name in names
-            if name not in vars(self) and getattr(cls, name, None) is getattr(ImageDataset, name, None)
-        ]
 
 
 class FolderImages(ImageDataset):
@@ -399,9 +389,8 @@ def open_dataset(name, data_path, image_size, dry_run=False, skip_bad_images=Fal
     call it.
     """
     dataset = DATASETS[name](data_path, image_size, dry_run)
-    if missing := dataset.missing():
-        lacking = f"{type(dataset).__name__} lacks {', '.join(missing)}"
-        raise UserError(f"--dataset {name}: {lacking}; ImageDataset says what a data set offers")
+    parts = ("__len__", "__getitem__", "channels", "image_size", "classes", "flips", "fingerprint")
+    require_parts(f"--dataset {name}", dataset, *parts)
     if dataset.image_size != image_size:
         raise UserError(
             f"--image-size {image_size}: the images of --dataset {name} have {dataset.image_size} pixels a"

@@ -11,7 +11,7 @@ from diffusion import create_process
 from models import DiT
 from runtime.autoencoder import PIXELS_AT_ONCE, PUBLISHED_VAES, resolve_vae
 from runtime.distributed import uses_bfloat16
-from training.optimizers import OPTIMIZERS
+from training.optimizers import build_optimizer
 from training.state import autocast
 
 CONTEXT = 2 * 2**30  # what CUDA and its libraries take for themselves, about
@@ -63,7 +63,7 @@ def step_memory(args, model_config, process_config, images):
         average = [parameter.detach().clone() for parameter in model.parameters()]
         found["average"] = live.now - found["weights"]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = OPTIMIZERS[args.optimizer](trained, args)
+        optimizer = build_optimizer(trained, args)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         found["gradients"] = live.now - found["weights"] - found["average"]

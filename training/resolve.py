@@ -13,7 +13,7 @@ from diffusion.timestep_sampler import timestep_samplers_of
 from evaluation.inception import read_fid_reference, read_weights
 from models import DiT_models
 from runtime.autoencoder import VAE, describe_vae, is_copy, load_autoencoder, resolve_vae
-from runtime.cli import UserError, is_utf8, user_errors
+from runtime.cli import UserError, is_utf8, require_parts, user_errors
 from runtime.distributed import set_precision, uses_bfloat16
 from sampling.options import (
     DEFAULTS,
@@ -21,6 +21,7 @@ from sampling.options import (
     resolve_sampling_options,
     sampling_options,
 )
+from training.aux_losses import AUX_LOSSES
 from training.dataset import ReadableDataset, held_out_count, hold_out, open_dataset, require_same_data
 from training.fp8 import import_torchao
 from training.latent_cache import LatentCache
@@ -327,10 +328,12 @@ def configure_model(args, dataset):
 
 
 def check_aux_loss(args, depth):
-    """Settle --aux-layer, and refuse a block that is not there."""
+    """Settle --aux-layer, and refuse a row that computes nothing and a block that is not there."""
     if not args.aux_loss:
         refuse_by_hand(args, ("aux_weight", "aux_layer"), "only with --aux-loss")
         return
+    row = AUX_LOSSES[args.aux_loss]
+    require_parts(f"--aux-loss {args.aux_loss}", row, "forward" if isinstance(row, type) else "__call__")
     if args.aux_layer is None:
         args.aux_layer = max(1, depth // 3)
     if args.aux_layer > depth:

@@ -13,7 +13,7 @@ from runtime.cli import UserError
 from runtime.distributed import uses_bfloat16
 from training.aux_losses import ModelWithAuxLoss
 from training.fp8 import convert_to_fp8
-from training.optimizers import OPTIMIZERS
+from training.optimizers import build_optimizer
 from training.run_log import Meter
 
 
@@ -45,7 +45,7 @@ class TrainingState:
         self.ema.requires_grad_(False).eval()
         self.ddp_model = prepare(self.trained, args, dist).train()
         self.autocast_model = autocast(self.ddp_model, dist.device, args.precision)
-        self.optimizer = OPTIMIZERS[args.optimizer](self.parameters(), args)
+        self.optimizer = build_optimizer(self.parameters(), args)
         self.timestep_sampler = create_named_schedule_sampler(args.timestep_sampler, process)
         self.meter, self.nonfinite = Meter(), NonFiniteDetector(dist)
 

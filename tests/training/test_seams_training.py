@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 from forked import rows, start, start_two
-from in_process import SMALL
+from in_process import SMALL, assert_refused
 
+import train
 from checkpointing import files as checkpoints
+from training.aux_losses import AUX_LOSSES
+from training.optimizers import OPTIMIZERS
 
 ARGV = [*SMALL, "--max-steps", 6, "--sample-every", 0, "--ckpt-every", 3]
 
 
 def add_lion():
     """An optimizer whose state has none of AdamW's names: 11 lines in training/optimizers.py."""
-    from training.optimizers import OPTIMIZERS
 
     class Lion(torch.optim.Optimizer):
         def __init__(self, parameters, lr):
@@ -37,7 +39,6 @@ def add_lion():
 
 def add_aux_losses():
     """A function, and a head with weights: 9 lines in training/aux_losses.py."""
-    from training.aux_losses import AUX_LOSSES
 
     class PredictX(torch.nn.Module):
         """The mean of every patch's pixels, from its token."""
@@ -146,7 +147,6 @@ def test_an_auxiliary_loss_moves_what_it_is_of(tmp_path):
 
 def add_counting():
     """An optimizer that keeps a number among its options, as some do."""
-    from training.optimizers import OPTIMIZERS
 
     class Counting(torch.optim.SGD):
         def step(self, closure=None):
@@ -183,3 +183,25 @@ def test_what_is_refused(tmp_path):
         before = add_aux_losses if "--aux-loss" in argv else None
         run(tmp_path, *argv, before=before, expect=2)
         assert message in (tmp_path / "out").read_text()
+
+
+class NoHead(torch.nn.Module):
+    pass
+
+
+class NoStep(torch.optim.Optimizer):
+    def __init__(self, parameters, args):
+        super().__init__(parameters, dict(lr=args.lr))
+
+
+@pytest.mark.parametrize("rows, option, row, message", [
+    (OPTIMIZERS, "--optimizer", NoStep, "NoStep lacks step"),
+    (OPTIMIZERS, "--optimizer", lambda *_: None, "NoneType lacks param_groups, step, zero_grad, state_dict"),
+    (OPTIMIZERS, "--optimizer", "adam", "str lacks __call__"),
+    (AUX_LOSSES, "--aux-loss", NoHead, "NoHead lacks forward"),
+    (AUX_LOSSES, "--aux-loss", 0.5, "float lacks __call__"),
+])  # fmt: skip
+def test_what_a_row_lacks_is_refused_by_name(tmp_path, monkeypatch, capsys, rows, option, row, message):
+    monkeypatch.setitem(rows, "toy", row)
+    argv = [*ARGV, option, "toy", "--results-dir", tmp_path]
+    assert_refused(train, capsys, f"{option} toy: {message}", *argv)
