@@ -1,4 +1,5 @@
-"""Training runs in processes of their own that start at once, forked from a server that imported train."""
+"""Training runs in processes of their own that start at once, forked from a server that imported train, and
+what they leave."""
 
 import importlib
 import json
@@ -9,6 +10,8 @@ import sys
 import time
 
 from conftest import ROOT
+
+from checkpointing import files as checkpoints
 
 INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
 
@@ -100,6 +103,11 @@ def run(folder, *argv, runs=None, expect=0, **options):
 def losses(folder, name="loss"):
     """What train.py logged by this name, step by step."""
     return [row[name] for row in rows(folder) if name in row]
+
+
+def weights(folder, step=12, which="raw"):
+    """A state dict of a checkpoint of a run."""
+    return checkpoints.load(str(folder / "checkpoints" / f"{step:07d}.pt")).state_dict(which)
 
 
 def at_once(work, count=2):
