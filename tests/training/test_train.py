@@ -395,7 +395,7 @@ def test_dry_run_says_which_run_it_would_be(finished, tmp_path, capsys):
         ("--resume RUN --max-steps 10", "RUN/checkpoints/0000012.pt is beyond that; give at least 12"),
         ("--results-dir junk.pt", "--results-dir junk.pt: cannot be written to (File exists)"),
         ("--results-dir junk.pt/a/b", "--results-dir junk.pt/a/b: cannot be written to (Not a directory)"),
-        ("--vae brokenvae", "brokenvae: cannot be loaded; save it again with AutoencoderKL.save_pretrained"),
+        ("--vae brokenvae", "brokenvae: cannot be loaded; save it again with save_pretrained"),
     ],
 )
 def test_dry_run_refuses_what_a_start_would(finished, tmp_path, monkeypatch, capsys, options, message):
