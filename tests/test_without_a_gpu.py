@@ -188,8 +188,9 @@ def test_gradients_exchanged_in_bfloat16(tmp_path, parts):
     norms = [losses(name, "grad_norm") for name in (folder, whole)]
     assert norms[0] != norms[1]
     np.testing.assert_allclose(*norms, rtol=5e-3)
-    argv += ["--grad-compression", "bf16", "--shard"]
-    _, printed = run(tmp_path / "shard", *argv, runs=start_two, expect=2)
+    # By one process: of two, the other may still be joining when the first has refused and is gone.
+    argv += ["--grad-compression", "bf16", "--shard", "--dry-run", "--world-size", "2"]
+    _, printed = run(tmp_path / "shard", *argv, expect=2)
     assert "--grad-compression bf16: --shard sums gradients in float32; leave one out" in printed
 
 
