@@ -250,7 +250,7 @@ def _add_training_arguments(group):
                        " fp8, takes less memory and time, but rounds them at every layer (default: fp32)")
     group.add_argument("--grad-compression", choices=("none", "bf16"), default="none",
                        help="type in which processes exchange gradients, for slow networks between machines"
-                       " (default: none, float32)")
+                       " (default: none; float32 then)")
     # fmt: on
 
 
