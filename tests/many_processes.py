@@ -37,5 +37,6 @@ if not args.shard:  # whose own exchange looks at what a collective gave
 
     state.ddp_model.register_comm_hook(None, exchange)
 for _ in range(2):
-    norm = train.train_step(state, torch.zeros(2, 4, 8, 8), torch.zeros(2).long(), args, Pixels(4).encode)
-print("took", state.step, "steps; parameters here", mine, "of", whole, "finite", bool(norm.isfinite()))
+    train.train_step(state, torch.zeros(2, 4, 8, 8), torch.zeros(2).long(), args, Pixels(4).encode)
+# What such collectives give has no meaning, so nor have the values:
+print("took", state.step, "steps; parameters here", mine, "of", whole)

@@ -137,6 +137,7 @@ def test_neighbours_of_a_run(tmp_path, monkeypatch):
     assert (tmp_path / "found.png").exists()
 
 
+@pytest.mark.slow
 def test_latents(tmp_path, monkeypatch):
     """Statistics and distances of an autoencoder that is nearly nothing."""
     for i in range(80):
