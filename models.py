@@ -533,7 +533,7 @@ class DiT(nn.Module):
             if self.y_embedder is not None:
                 embeddings.append(self.y_embedder(y, self.training, force_drop_ids))
         x, c = self.condition(x, embeddings)
-        # With weights stored as bfloat16 the blocks run in it; otherwise these change nothing:
+        # With weights stored or tokens asked for as bfloat16; otherwise these change nothing:
         x, c_blocks = x.to(self.residual_dtype or self.block_dtype), c.to(self.block_dtype)
         for number, block in enumerate(self.blocks, start=1):
             if self.grad_checkpointing and self.training:

@@ -33,7 +33,7 @@ from runtime.cli import (
     seed_number,
     user_errors,
 )
-from runtime.image_io import to_float
+from runtime.image_io import to_float, to_uint8
 from training.dataset import DATASETS, open_dataset
 
 
@@ -97,7 +97,7 @@ def read_dataset(name, path, image_size):
     """Images uint8 (N, 3, H, W), labels (N,) and the classes' names of a data set of train.py."""
     dataset = open_dataset(name, path, image_size)
     items = [dataset[i, False] for i in range(len(dataset))]
-    pixels = ((to_float(torch.stack([image for image, _ in items])) + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_uint8(to_float(torch.stack([image for image, _ in items]))).permute(0, 3, 1, 2)
     return pixels.expand(-1, 3, -1, -1), torch.tensor([label for _, label in items]), dataset.classes
 
 

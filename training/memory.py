@@ -12,7 +12,7 @@ from models import DiT
 from runtime.autoencoder import PIXELS_AT_ONCE, PUBLISHED_VAES, resolve_vae
 from runtime.distributed import uses_bfloat16
 from training.optimizers import build_optimizer
-from training.state import autocast
+from training.state import autocast, set_up
 
 CONTEXT = 2 * 2**30  # what CUDA and its libraries take for themselves, about
 # Of an SD-VAE: its weights, and what encoding takes for each pixel that it is given at once, traced likewise:
@@ -57,8 +57,7 @@ def step_memory(args, model_config, process_config, images):
 
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as live, torch.device("cpu"):
         model = DiT(**model_config).train()
-        model.grad_checkpointing = args.grad_checkpointing
-        model.residual_dtype = torch.bfloat16 if args.residual_dtype == "bf16" else None
+        set_up(model, args)
         found = dict(weights=live.now)
         average = [parameter.detach().clone() for parameter in model.parameters()]
         found["average"] = live.now - found["weights"]

@@ -108,12 +108,16 @@ def model_of(trained):
     return trained.model if isinstance(trained, ModelWithAuxLoss) else trained
 
 
+def set_up(model, args):
+    """Let a DiT keep for its backward pass what the options say."""
+    model.grad_checkpointing = args.grad_checkpointing
+    model.residual_dtype = torch.bfloat16 if args.residual_dtype == "bf16" else None
+
+
 def prepare(trained, args, dist):
     """Compile and checkpoint the model's blocks as asked, and share its work among processes; returns the
     trained module as a step calls it."""
-    model_of(trained).grad_checkpointing = args.grad_checkpointing
-    if args.residual_dtype == "bf16":
-        model_of(trained).residual_dtype = torch.bfloat16
+    set_up(model_of(trained), args)
     if args.precision == "fp8":
         convert_to_fp8(model_of(trained).blocks)
     if args.shard:
